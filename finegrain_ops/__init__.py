@@ -1,0 +1,33 @@
+"""Low-level attention kernels that let multimodal models look closely.
+
+The operator: `reweighted_attention`. Boxes in text: `finegrain_ops.boxes`. Hugging Face models: `patch`.
+Importing this package imports torch, but neither triton nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING, Any
+
+# In a source checkout that is not installed, kernels/ and integrations/ lie beside this folder, in the repository's root.
+_ROOT = _Path(__file__).resolve().parent.parent
+if (_ROOT / "kernels" / "attention_forward.py").is_file():
+    __path__.append(str(_ROOT))
+
+from . import boxes  # noqa: E402
+from ._version import __version__  # noqa: E402
+from .attention import reweighted_attention  # noqa: E402
+from .errors import UnsupportedInputError, UnsupportedModelError  # noqa: E402
+
+if TYPE_CHECKING:
+    from .integrations.patching import patch
+
+__all__ = ["UnsupportedInputError", "UnsupportedModelError", "__version__", "boxes", "patch", "reweighted_attention"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "patch":  # transformers is imported only by those who patch one of its models
+        from .integrations.patching import patch
+
+        return patch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

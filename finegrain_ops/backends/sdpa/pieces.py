@@ -1,0 +1,81 @@
+"""The bottom-right causal mask as pieces that SDPA knows, and the merge of what they give.
+
+SDPA's own is_causal is aligned top-left. With Nq < Nk the mask is every row on the first Nk - Nq keys, and a square causal
+rest, where both alignments agree:
+
+    Nq = 3, Nk = 5     x x | x . .
+                       x x | x x .
+                       x x | x x x
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..interface import AttentionCall
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of the score matrix that is either full, or square and causal."""
+
+    rows: slice
+    keys: slice
+    is_causal: bool
+
+
+def split(num_queries: int, num_keys: int, is_causal: bool) -> list[Piece]:
+    """At most two pieces whose union is the bottom-right causal mask. Rows in none of them see no key."""
+    offset = num_keys - num_queries
+    everything = slice(None)
+    if not is_causal or num_queries == 1:
+        return [Piece(everything, everything, False)]
+    if offset <= 0:
+        return [Piece(slice(-offset, None), everything, True)]
+    return [Piece(everything, slice(None, offset), False), Piece(everything, slice(offset, None), True)]
+
+
+def empty_rows(call: AttentionCall, piece: Piece) -> Tensor | None:
+    """Which rows of a piece see no key at all, (B or 1, 1 or H, rows) bool; None when there is no such row."""
+    if call.key_bias is None and call.key_padding_mask is None:
+        return None
+    num_rows = call.query[:, :, piece.rows].shape[2]
+
+    def without_key(visible: Tensor) -> Tensor:  # (B, 1 or H, keys) -> (B, 1 or H, rows)
+        if piece.is_causal:
+            return visible.cumsum(dim=-1) == 0
+        return (~visible.any(dim=-1, keepdim=True)).expand(*visible.shape[:2], num_rows)
+
+    unpadded, unbiased = None, None
+    if call.key_padding_mask is not None:
+        unpadded = call.key_padding_mask[:, None, piece.keys]
+    if call.key_bias is not None:
+        unbiased = call.key_bias[..., piece.keys] != float("-inf")
+
+    if unbiased is None:
+        empty = without_key(unpadded)
+    else:
+        empty = without_key(unbiased if unpadded is None else unbiased & unpadded)
+        if call.row_gate is not None:
+            closed = without_key(torch.ones_like(unbiased) if unpadded is None else unpadded)
+            empty = torch.where(call.row_gate[:, None, piece.rows], empty, closed)
+    if empty.device.type == "cpu" and not empty.any():  # on other devices the question would stop the device
+        return None
+    return empty
+
+
+def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from attention over each (Nq rows both).
+
+    out = (exp(lse_1) out_1 + exp(lse_2) out_2) / (exp(lse_1) + exp(lse_2)), with a row that sees no key in either at 0.
+    """
+    maximum = torch.maximum(first_lse, second_lse).detach()
+    empty = maximum == float("-inf")
+    maximum = maximum.masked_fill(empty, 0.0)
+    first_weight, second_weight = torch.exp(first_lse - maximum), torch.exp(second_lse - maximum)
+    total = (first_weight + second_weight).masked_fill(empty, 1.0)
+    output = first * (first_weight / total)[..., None] + second * (second_weight / total)[..., None]
+    return output.to(first.dtype), (maximum + total.log()).masked_fill(empty, float("-inf"))

@@ -1,0 +1,101 @@
+"""A LLaVA with random weights but real geometry: 336-pixel preprocessing, 24 x 24 image tokens, transformers' own classes.
+
+It needs no download. What it says means nothing; where its attention goes, and what that costs, is computed as in a trained model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+_IMAGE_SIDE, _PATCH = 336, 14
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+_WORDS = (
+    "USER : ASSISTANT . , ? a the is are it in on of and to what which where how many colour color lying next standing see there image "
+    "cup coffee spoon saucer table wood cat eye eyes nose rocket tower sky man woman helmet suit flag red green blue brown white black "
+    "grey small large left right above below beside behind one two three yes no shiny round"
+).split()
+
+
+def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """(model in eval mode, processor): about 12 million parameters, float32."""
+    tokenizer = _tokenizer()
+    text_config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=320,
+        intermediate_size=864,
+        num_hidden_layers=8,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.06,  # large enough for attention that is not uniform
+    )
+    vision_config = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=_IMAGE_SIDE,
+        patch_size=_PATCH,
+    )
+    config = LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(_IMAGE_SIDE // _PATCH) ** 2,
+        vision_feature_layer=-2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, _processor(tokenizer)
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    words = list(dict.fromkeys((*_SPECIAL, *_WORDS)))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+    )
+
+
+def _processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
+    side = {"height": _IMAGE_SIDE, "width": _IMAGE_SIDE}
+    return LlavaProcessor(
+        image_processor=_pillow_clip_processor()(size={"shortest_edge": _IMAGE_SIDE}, crop_size=side),
+        tokenizer=tokenizer,
+        patch_size=_PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _pillow_clip_processor() -> Any:
+    """CLIP's image processor on Pillow, which later versions of transformers keep under a name of its own (the other wants torchvision)."""
+    try:
+        return importlib.import_module("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
+    except ModuleNotFoundError:
+        return transformers.CLIPImageProcessor

@@ -1,0 +1,172 @@
+"""The operators as torch.library knows them: schema, shapes for tracing, and autograd, each declared once.
+
+Nothing here validates (the public functions did) or imports a backend; `backends.select` says which module runs. Outputs and
+gradients are laid out (B, N, H, D) in memory and returned as (B, H, N, D) views, which is how attention layers consume them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.interface import AttentionCall
+
+_LIBRARY = torch.library.Library("finegrain_ops", "DEF")
+
+_LIBRARY.define(
+    "reweighted_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_padding_mask, "
+    "Tensor? row_gate, bool is_causal, float scale, bool return_lse, bool needs_grad, str backend) "
+    "-> (Tensor output, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "reweighted_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
+    "Tensor? key_bias, Tensor? key_padding_mask, Tensor? row_gate, Tensor output, Tensor lse, bool is_causal, "
+    "float scale, bool bias_needs_grad, str backend) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default
+reweighted_attention_backward = torch.ops.finegrain_ops.reweighted_attention_backward.default
+
+
+def _new_heads_inner(like: Tensor, num_rows: int, dim: int) -> Tensor:
+    """An uninitialised (B, H, num_rows, dim) view of (B, num_rows, H, dim) memory."""
+    return like.new_empty(like.shape[0], num_rows, like.shape[1], dim).transpose(1, 2)
+
+
+def _new_lse(query: Tensor, return_lse: bool) -> Tensor:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape[:3] if return_lse else (0,), dtype=dtype)
+
+
+def _with_layout_of(result: Tensor, layout: Tensor) -> Tensor:
+    """`result` itself if it lies in memory as `layout` says, otherwise a copy that does."""
+    if result.stride() == layout.stride() and result.dtype == layout.dtype and result.storage_offset() == 0:
+        return result
+    return layout.copy_(result)
+
+
+@torch.library.register_fake("finegrain_ops::reweighted_attention", lib=_LIBRARY)
+def _fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    row_gate: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return _new_heads_inner(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    row_gate: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse)
+    chosen = backends.load(backends.select(backend, call.features(needs_grad)))
+    output_layout, lse_layout = _new_heads_inner(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
+    if output_layout.numel() == 0 or key.shape[2] == 0:
+        return output_layout.zero_(), lse_layout.fill_(float("-inf"))
+    output, lse = chosen.forward(call)
+    if return_lse and lse is not None:  # a backend may return an lse that nobody wants
+        lse_layout = _with_layout_of(lse, lse_layout)
+    return _with_layout_of(output, output_layout), lse_layout
+
+
+@torch.library.register_fake("finegrain_ops::reweighted_attention_backward", lib=_LIBRARY)
+def _backward_fake(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    row_gate: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    bias_needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grads = [_new_heads_inner(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
+    grad_bias = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
+    return grads[0], grads[1], grads[2], grad_bias
+
+
+def _backward(
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    row_gate: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    is_causal: bool,
+    scale: float,
+    bias_needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale)
+    chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
+    layouts = [_new_heads_inner(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
+    bias_layout = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
+    if output.numel() == 0 or key.shape[2] == 0:
+        return layouts[0].zero_(), layouts[1].zero_(), layouts[2].zero_(), bias_layout.zero_()
+    gradients = chosen.backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
+    if gradients.key_bias is not None:
+        bias_layout = _with_layout_of(gradients.key_bias, bias_layout)
+    grad_query, grad_key, grad_value = (_with_layout_of(g, layout) for g, layout in zip(gradients[:3], layouts))
+    return grad_query, grad_key, grad_value, bias_layout
+
+
+_LIBRARY.impl("reweighted_attention", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("reweighted_attention_backward", _backward, "CompositeExplicitAutograd")
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse, needs_grad, backend = inputs
+    ctx.save_for_backward(query, key, value, key_bias, key_padding_mask, row_gate, *output)
+    ctx.is_causal, ctx.scale, ctx.return_lse, ctx.backend = is_causal, scale, return_lse, backend
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None and grad_lse is None:
+        return (None,) * 11
+    *tensors, output, lse = ctx.saved_tensors
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    bias_needs_grad = bool(ctx.needs_input_grad[3])
+    gradients = reweighted_attention_backward(
+        grad_output, grad_lse, *tensors, output, lse, ctx.is_causal, ctx.scale, bias_needs_grad, ctx.backend
+    )
+    grad_bias = gradients[3] if bias_needs_grad else None
+    return (*gradients[:3], grad_bias, None, None, None, None, None, None, None)
+
+
+torch.library.register_autograd(
+    "finegrain_ops::reweighted_attention", _autograd, setup_context=_setup_context, lib=_LIBRARY
+)

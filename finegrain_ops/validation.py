@@ -1,0 +1,104 @@
+"""Checks of arguments: every message says which argument, what was expected, what came and what to do.
+
+Shapes and dtypes are always checked. Values are checked where that needs no device synchronisation: Python numbers and CPU
+tensors always, tensors on a device when FINEGRAIN_CHECK=1 is set in the environment.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def describe(value: object) -> str:
+    """What came: a tensor by shape and dtype, anything else by type and value."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def require_tensor(value: object, name: str, expected: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    return value
+
+
+def require_shape(tensor: Tensor, name: str, shapes: Sequence[tuple[int, ...]], meaning: str) -> None:
+    """One of `shapes`, which `meaning` spells out in symbols."""
+    if not any(tuple(tensor.shape) == shape for shape in shapes):
+        options = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{name}: expected shape {meaning}, here {options}, got {tuple(tensor.shape)}")
+
+
+def require_same_device(tensor: Tensor, name: str, query: Tensor) -> None:
+    if tensor.device != query.device:
+        raise ValueError(
+            f"{name}: expected a tensor on query's device {query.device}, got one on {tensor.device}; "
+            f"move it there with {name}.to(query.device)"
+        )
+
+
+def require_bool(value: object, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def require_number(value: object, name: str, *, minimum: float = -math.inf, what: str = "a finite number") -> float:
+    """A finite Python (or numpy) number, at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}: expected {what}, got {describe(value)}")
+    number = float(value)
+    if not max(minimum, -sys.float_info.max) <= number <= sys.float_info.max:  # NaN fails; torch.compile can trace it
+        raise ValueError(f"{name}: expected {what}, got {number}")
+    return number
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" or os.environ.get("FINEGRAIN_CHECK") == "1"
+
+
+def require_values(tensor: Tensor, name: str, minimum: float, maximum: float, expected: str) -> Tensor:
+    """`tensor`, whose values lie in [minimum, maximum]; NaN never does. Unchecked on a device without FINEGRAIN_CHECK=1."""
+    if tensor.is_floating_point() and tensor.numel() and values_are_checked(tensor):
+        if torch.compiler.is_compiling():
+            return torch.ops.finegrain_ops.require_values(tensor, name, minimum, maximum, expected)
+        _check_values(tensor, name, minimum, maximum, expected)
+    return tensor
+
+
+def _check_values(tensor: Tensor, name: str, minimum: float, maximum: float, expected: str) -> None:
+    low, high = (float(bound) for bound in torch.aminmax(tensor.detach()))
+    if not (minimum <= low and high <= maximum):  # NaN fails both
+        raise ValueError(f"{name}: expected {expected}, got values from {low} to {high}")
+
+
+# Under torch.compile the check is an operator that hands its tensor on, so that it stays in the graph and breaks none.
+_LIBRARY = torch.library.Library("finegrain_ops", "FRAGMENT")
+_LIBRARY.define(
+    "require_values(Tensor tensor, str name, float minimum, float maximum, str expected) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _require_values(tensor: Tensor, name: str, minimum: float, maximum: float, expected: str) -> Tensor:
+    _check_values(tensor, name, minimum, maximum, expected)
+    return tensor.clone()
+
+
+_LIBRARY.impl("require_values", _require_values, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "finegrain_ops::require_values", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY
+)
+torch.library.register_autograd(
+    "finegrain_ops::require_values", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY
+)

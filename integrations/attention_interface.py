@@ -1,0 +1,106 @@
+"""What a patched attention layer calls in place of its attention function: transformers' AttentionInterface.
+
+The layer's own q, k, v projections, rotary embedding and cache stay untouched. Without a key_bias the call goes on to the function that
+the model's configuration names, with the mask that it made for it, so nothing changes. With one it goes to `reweighted_attention`.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PretrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..attention import reweighted_attention
+from ..errors import UnsupportedInputError
+
+NAME = "finegrain_ops"
+
+# Keyword arguments of attention functions that change what is computed and that the operator does not know.
+_REFUSED = ("sliding_window", "softcap", "position_bias", "s_aux", "head_mask", "cache", "block_table")
+
+
+def interface_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of `config` for attention layers to hold, which makes them call `attention` below.
+
+    Only the layers hold it. The model keeps its own configuration, so that masks, caches and everything else that transformers
+    decides from it are made as before.
+    """
+    interface = copy.copy(config)
+    interface._attn_implementation = NAME
+    interface.finegrain_original = config
+    return interface
+
+
+def original_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The function that `module` would call if it were not patched."""
+    implementation = module.config.finegrain_original._attn_implementation
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager if implementation in (None, "eager") else ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    key_bias: Tensor | None = None,
+    attention_reader: Callable[..., None] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """query (B, H, Q, D), key and value (B, Hkv, K, D) with the cache in them -> (B, Q, H, D), None.
+
+    key_bias is what `patching.biased_forward` made for this forward pass: (B, K') float32 over all keys so far, padding and unfilled
+    slots of the cache at -inf. A static cache has K > K' slots, of which the first K' are filled.
+    """
+    if key_bias is None:
+        if attention_reader is not None:
+            attention_reader(module, query, key, None, scaling)
+        if is_causal is not None:
+            kwargs["is_causal"] = is_causal
+        return original_attention(module)(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+
+    refuse_what_the_operator_cannot(dropout, kwargs)
+    key_bias = key_bias.to(query.device)
+    num_keys = key_bias.shape[1]
+    if attention_reader is not None:
+        attention_reader(module, query, key[:, :, :num_keys], key_bias, scaling)
+    output = reweighted_attention(
+        query,
+        key[:, :, :num_keys],
+        value[:, :, :num_keys],
+        key_bias=key_bias,
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        scale=scaling,
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+def refuse_what_the_operator_cannot(dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise UnsupportedInputError(
+            f"key_bias cannot be combined with attention dropout (here {dropout}); "
+            "set attention_dropout=0 in the model's text configuration, or call model.eval()"
+        )
+    for name in _REFUSED:
+        if kwargs.get(name) is not None:
+            raise UnsupportedInputError(
+                f"key_bias cannot be combined with an attention layer that uses {name} (here {kwargs[name]!r}); "
+                "run this model without key_bias"
+            )
+    if kwargs.get("output_attentions"):
+        raise UnsupportedInputError("key_bias cannot be combined with output_attentions=True: no attention matrix is made")
+
+
+AttentionInterface.register(NAME, attention)

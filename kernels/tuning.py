@@ -1,0 +1,41 @@
+"""The one table of tile shapes.
+
+A row is chosen by compute capability, bytes per element and the padded head dimension. "Source" says where a row comes from: `estimate` rows are
+sized so that the pipeline's shared memory fits the architecture and the accumulators its registers, checked against the compiled
+machine code (no spills, tests/machine_code), and await a measurement on the GPU itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BLOCK_M query rows by BLOCK_N keys per program."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+# (compute capability from, element bytes, padded head dim up to): Tile                               source
+_FORWARD = {
+    (80, 2, 64): Tile(128, 64, num_warps=4, num_stages=3),  # estimate
+    (80, 2, 128): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
+    (80, 2, 256): Tile(64, 32, num_warps=4, num_stages=2),  # estimate; fits the 99 KiB of sm_86 and sm_89
+    (80, 4, 64): Tile(64, 32, num_warps=4, num_stages=2),  # estimate; IEEE float32 has no tensor cores
+    (80, 4, 128): Tile(32, 32, num_warps=4, num_stages=2),  # estimate
+    (80, 4, 256): Tile(16, 32, num_warps=4, num_stages=1),  # estimate
+    (90, 2, 64): Tile(128, 128, num_warps=8, num_stages=3),  # estimate
+    (90, 2, 128): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
+    (90, 2, 256): Tile(64, 64, num_warps=4, num_stages=2),  # estimate
+}
+
+
+def forward_tile(compute_capability: int, element_size: int, head_dim: int) -> Tile:
+    """The tile for a forward pass; head_dim is the larger of the padded dimensions of key and value."""
+    rows = [row for row in _FORWARD if row[0] <= max(compute_capability, 80) and row[1] == element_size]
+    newest = sorted(rows, key=lambda row: (-row[0], row[2]))
+    return _FORWARD[next(row for row in newest if head_dim <= row[2])]

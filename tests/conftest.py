@@ -1,0 +1,34 @@
+"""Which tests run in this process: Triton's interpreter must be chosen before a kernel is imported, so it gets a process of its own."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+TRITON_RUNS_HERE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+RUN_ALL = os.environ.get("FINEGRAIN_TEST_ALL") == "1"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    triton = "run" if TRITON_RUNS_HERE else "left out (set TRITON_INTERPRET=1)"
+    return f"finegrain_ops: torch {torch.__version__}, Triton kernels {triton}, slow sweeps {'all' if RUN_ALL else 'sampled'}"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselects what cannot run here, and all but a fixed sample of the slow sweeps."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    sampled = set(slow if RUN_ALL else slow[::8])
+    kept, left_out = [], []
+    for item in items:
+        runs = TRITON_RUNS_HERE or not item.get_closest_marker("triton")
+        runs = runs and (item in sampled or not item.get_closest_marker("slow"))
+        (kept if runs else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept

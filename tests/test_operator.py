@@ -1,0 +1,218 @@
+"""`reweighted_attention` as a PyTorch operator: registration, tracing, dispatch and what it says of bad input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from attention_cases import CASES
+
+import finegrain_ops
+from finegrain_ops import UnsupportedInputError, backends, reweighted_attention
+
+
+def operator_arguments(requires_grad: bool, backend: str, gate: bool = False) -> tuple:
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 5, 8, requires_grad=requires_grad)
+    key, value = torch.randn(2, 2, 7, 8, requires_grad=requires_grad), torch.randn(2, 2, 7, 6, requires_grad=requires_grad)
+    bias = torch.randn(2, 1, 7, requires_grad=requires_grad)
+    padding = torch.rand(2, 7) > 0.2
+    row_gate = torch.rand(2, 5) > 0.5 if gate else None
+    return query, key, value, bias, padding, row_gate, True, 0.3, True, requires_grad, backend
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_opcheck(backend: str, requires_grad: bool, gate: bool) -> None:
+    operator = torch.ops.finegrain_ops.reweighted_attention.default
+    torch.library.opcheck(operator, operator_arguments(requires_grad, backend, gate))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_opcheck_of_the_backward(backend: str) -> None:
+    query, key, value, bias, padding, gate, is_causal, scale, *_ = operator_arguments(False, backend, gate=True)
+    output, lse = torch.ops.finegrain_ops.reweighted_attention(
+        query, key, value, bias, padding, gate, is_causal, scale, True, True, backend
+    )
+    for grad_lse in (None, torch.randn_like(lse)):
+        arguments = (torch.randn_like(output), grad_lse, query, key, value, bias, padding, gate, output, lse)
+        torch.library.opcheck(
+            torch.ops.finegrain_ops.reweighted_attention_backward.default,
+            (*arguments, is_causal, scale, True, backend),
+        )
+
+
+def test_opcheck_of_the_value_check() -> None:
+    operator = torch.ops.finegrain_ops.require_values.default
+    torch.library.opcheck(operator, (torch.rand(3, requires_grad=True), "mask", 0.0, 1.0, "values in [0, 1]"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+    """Every argument, forward and backward; dynamic shapes trace once for all lengths."""
+
+    def layer(arguments: dict) -> torch.Tensor:
+        output, lse = reweighted_attention(**arguments, return_lse=True)
+        return (output * 2).sum() + torch.where(torch.isinf(lse), 0.0, lse).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for name in ("bias and region", "row gate and padding", "knock-out", "decode", "soft region, weight per batch"):
+        arguments = CASES[name].tensors(torch.float32)
+        names = [n for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+        results = []
+        for function in (layer, compiled):
+            leaves = {n: arguments[n].detach().clone().requires_grad_() for n in names}
+            loss = function({**arguments, **leaves})
+            results.append([loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))])
+        for expected, actual in zip(*results):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_compiles_with_inductor() -> None:
+    """The default compiler, once: the composed bias is fused, the operator is called as it is."""
+
+    def layer(query, key, value, region_mask, weight):
+        return reweighted_attention(query, key, value, region_mask, weight, is_causal=True) + 1.0
+
+    torch._dynamo.reset()
+    arguments = (*torch.randn(3, 1, 2, 9, 8).unbind(0), torch.rand(9), torch.tensor(2.0))
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(*arguments), layer(*arguments))
+
+
+def test_compiled_values_are_checked_too() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(reweighted_attention, fullgraph=True, backend="aot_eager")
+    query = torch.randn(1, 1, 3, 4)
+    with pytest.raises(ValueError, match="region_mask: expected values in"):
+        compiled(query, query, query, torch.tensor([0.0, 2.0, 0.0]), 2.0)
+
+
+def test_values_on_a_device_are_checked_only_on_request(monkeypatch) -> None:
+    from finegrain_ops.validation import values_are_checked
+
+    on_device = torch.empty(3, device="meta")
+    monkeypatch.delenv("FINEGRAIN_CHECK", raising=False)
+    assert not values_are_checked(on_device)
+    assert values_are_checked(torch.empty(3))
+    monkeypatch.setenv("FINEGRAIN_CHECK", "1")
+    assert values_are_checked(on_device)
+
+
+def test_gradient_under_checkpointing() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
+    bias = torch.randn(9, requires_grad=True)
+
+    def layer(*tensors: torch.Tensor) -> torch.Tensor:
+        return reweighted_attention(*tensors[:3], key_bias=tensors[3], is_causal=True).square()
+
+    leaves = (query, key, value, bias)
+    expected = torch.autograd.grad(layer(*leaves).sum(), leaves)
+    actual = torch.autograd.grad(checkpoint(layer, *leaves, use_reentrant=False).sum(), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+
+
+# --- dispatch ----------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_sdpa_on_a_cpu() -> None:
+    features = backends.interface.AttentionFeatures("cpu", None, torch.float32, 64, 64, True)
+    assert backends.select("auto", features) == "sdpa"
+
+
+def test_a_named_backend_never_falls_back() -> None:
+    query = torch.randn(1, 1, 3, 300, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(UnsupportedInputError) as error:
+        reweighted_attention(query, query, query, backend="triton")
+    message = str(error.value)
+    if backends.load("triton").unavailable_reasons():
+        assert "no CUDA device" in message or "not installed" in message
+    else:  # under the interpreter: every reason is listed
+        assert "float64 is not supported" in message
+        assert "at most 256" in message
+        assert "no backward pass" in message
+    assert 'pass backend="auto"' in message
+    assert isinstance(error.value, NotImplementedError)
+    with pytest.raises(UnsupportedInputError, match="no CUDA C\\+\\+ kernels yet"):
+        reweighted_attention(query, query, query, backend="cuda")
+
+
+def test_every_reason_is_listed(monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    features = backends.interface.AttentionFeatures("cpu", None, torch.bfloat16, 300, 512, True)
+    reasons = backends.load("triton").not_supported_reasons(features)
+    assert len(reasons) == 4
+    assert [word in reason for word, reason in zip(("bfloat16", "300", "512", "backward"), reasons)] == [True] * 4
+
+
+def test_float64_only_on_cpu() -> None:
+    features = backends.interface.AttentionFeatures("cuda", 0, torch.float64, 64, 64, False)
+    assert "float64" in backends.load("sdpa").not_supported_reasons(features)[0]
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+Q = torch.zeros(2, 4, 5, 8)
+KV = torch.zeros(2, 2, 7, 8)
+
+BAD_INPUT = {
+    "query is no tensor": (dict(query=[1.0]), TypeError, r"query: expected a tensor \(B, H, Nq, D\), got list"),
+    "query has 3 dimensions": (dict(query=Q[0]), ValueError, r"query: expected 4 dimensions .* got shape \(4, 5, 8\)"),
+    "integer query": (dict(query=Q.int()), TypeError, "query: expected float16, bfloat16, float32 or float64, got torch.int32"),
+    "dtypes differ": (dict(key=KV.half()), TypeError, "key: expected query's dtype torch.float32, got torch.float16"),
+    "devices differ": (dict(key=KV.to("meta")), ValueError, "key: expected a tensor on query's device cpu, got one on meta"),
+    "batches differ": (dict(key=KV[:1]), ValueError, r"key: expected .* B = 2 and D = 8, got shape \(1, 2, 7, 8\)"),
+    "head dims differ": (dict(key=KV[..., :4]), ValueError, "key: expected"),
+    "heads no multiple": (dict(query=Q[:, :3]), ValueError, "key: expected a number of heads Hkv that divides query's H = 3"),
+    "value is shorter": (dict(value=KV[:, :, :6]), ValueError, r"value: expected .* \(2, 2, 7\), got shape \(2, 2, 6, 8\)"),
+    "no head dim": (dict(query=Q[..., :0], key=KV[..., :0]), ValueError, "query: expected a head dimension D of at least 1"),
+    "mask of the wrong length": (dict(region_mask=torch.ones(6)), ValueError, r"region_mask: expected shape .* got \(6,\)"),
+    "mask of the wrong batch": (dict(region_mask=torch.ones(3, 7)), ValueError, r"region_mask: expected shape .* got \(3, 7\)"),
+    "integer mask": (dict(region_mask=torch.ones(7).int()), TypeError, "region_mask: expected bool or a floating dtype"),
+    "mask above 1": (dict(region_mask=torch.full((7,), 1.5)), ValueError, r"region_mask: expected values in \[0, 1\]"),
+    "mask below 0": (dict(region_mask=torch.full((7,), -0.5)), ValueError, "region_mask: expected values"),
+    "NaN in the mask": (dict(region_mask=torch.full((7,), math.nan)), ValueError, "region_mask: expected values"),
+    "negative weight": (dict(weight=-1.0), ValueError, "weight: expected a finite number >= 0 .* got -1.0"),
+    "NaN weight": (dict(weight=math.nan), ValueError, "weight: expected a finite number >= 0 .* got nan"),
+    "infinite weight": (dict(weight=math.inf), ValueError, "weight: expected a finite number >= 0 .* got inf"),
+    "weight is text": (dict(weight="2"), TypeError, "weight: expected a finite number >= 0 .* got str '2'"),
+    "weight is a bool": (dict(weight=True), TypeError, "weight: expected"),
+    "negative weight tensor": (dict(weight=torch.tensor([1.0, -1.0])), ValueError, "weight: expected finite values >= 0"),
+    "NaN weight tensor": (dict(weight=torch.tensor(math.nan)), ValueError, "weight: expected finite values >= 0"),
+    "integer weight tensor": (dict(weight=torch.tensor(2)), TypeError, "weight: expected a floating dtype"),
+    "weight of the wrong shape": (dict(weight=torch.ones(4)), ValueError, r"weight: expected shape \(\), \(B,\) or \(B, H\)"),
+    "bias is no tensor": (dict(key_bias=1.0), TypeError, "key_bias: expected a float tensor"),
+    "bool bias": (dict(key_bias=torch.ones(7).bool()), TypeError, "key_bias: expected a floating dtype"),
+    "NaN in the bias": (dict(key_bias=torch.full((7,), math.nan)), ValueError, "key_bias: expected values below .inf and no NaN"),
+    "+inf in the bias": (dict(key_bias=torch.full((7,), math.inf)), ValueError, "key_bias: expected values below .inf"),
+    "bias of the wrong length": (dict(key_bias=torch.ones(2, 4, 8)), ValueError, r"key_bias: expected shape .* got \(2, 4, 8\)"),
+    "integer padding": (dict(key_padding_mask=torch.ones(2, 7).int()), TypeError, r"key_padding_mask: .* key_padding_mask.bool\(\)"),
+    "padding of the wrong shape": (dict(key_padding_mask=torch.ones(7).bool()), ValueError, "key_padding_mask: expected shape"),
+    "float gate": (dict(row_gate=torch.ones(5)), TypeError, "row_gate: expected torch.bool"),
+    "gate of the wrong length": (dict(row_gate=torch.ones(7).bool()), ValueError, r"row_gate: expected shape .* got \(7,\)"),
+    "causal is no bool": (dict(is_causal=1), TypeError, "is_causal: expected True or False, got int 1"),
+    "scale is NaN": (dict(scale=math.nan), ValueError, "scale: expected a finite number"),
+    "scale is a tensor": (dict(scale=torch.tensor(1.0)), TypeError, "scale: expected a finite number"),
+    "unknown backend": (dict(backend="tritn"), ValueError, "backend: expected one of 'auto', 'triton', .* got str 'tritn'"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input(arguments: dict, error: type[Exception], message: str) -> None:
+    defaults = {"query": Q, "key": KV, "value": KV, "region_mask": torch.ones(7), "weight": 2.0}
+    with pytest.raises(error, match=message) as raised:
+        reweighted_attention(**{**defaults, **arguments})
+    assert type(raised.value) is error
+
+
+def test_info_lists_every_backend(capsys) -> None:
+    from finegrain_ops.__main__ import main
+
+    main(["info"])
+    printed = capsys.readouterr().out
+    for name in (*backends.BACKENDS, "torch", "transformers", finegrain_ops.__version__):
+        assert name in printed
