@@ -1,7 +1,7 @@
 """The operators as torch.library knows them: schema, shapes for tracing, and autograd, each declared once.
 
 Nothing here validates (the public functions did) or imports a backend; `backends.select` says which module runs. Outputs and
-gradients are laid out (B, N, H, D) in memory and returned as (B, H, N, D) views, which is how attention layers consume them.
+gradients lie in memory as the inputs that they are like (`backends.interface.new_output`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.interface import AttentionCall
+from .backends.interface import AttentionCall, new_output
 
 _LIBRARY = torch.library.Library("finegrain_ops", "DEF")
 
@@ -32,11 +32,6 @@ _LIBRARY.define(
 
 reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default
 reweighted_attention_backward = torch.ops.finegrain_ops.reweighted_attention_backward.default
-
-
-def _new_heads_inner(like: Tensor, num_rows: int, dim: int) -> Tensor:
-    """An uninitialised (B, H, num_rows, dim) view of (B, num_rows, H, dim) memory."""
-    return like.new_empty(like.shape[0], num_rows, like.shape[1], dim).transpose(1, 2)
 
 
 def _new_lse(query: Tensor, return_lse: bool) -> Tensor:
@@ -65,7 +60,7 @@ def _fake(
     needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _new_heads_inner(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
+    return new_output(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
 
 
 def _forward(
@@ -83,7 +78,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse)
     chosen = backends.load(backends.select(backend, call.features(needs_grad)))
-    output_layout, lse_layout = _new_heads_inner(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
+    output_layout, lse_layout = new_output(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
     if output_layout.numel() == 0 or key.shape[2] == 0:
         return output_layout.zero_(), lse_layout.fill_(float("-inf"))
     output, lse = chosen.forward(call)
@@ -109,7 +104,7 @@ def _backward_fake(
     bias_needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [_new_heads_inner(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
+    grads = [new_output(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
     grad_bias = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
     return grads[0], grads[1], grads[2], grad_bias
 
@@ -132,7 +127,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale)
     chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
-    layouts = [_new_heads_inner(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
+    layouts = [new_output(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
     bias_layout = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
     if output.numel() == 0 or key.shape[2] == 0:
         return layouts[0].zero_(), layouts[1].zero_(), layouts[2].zero_(), bias_layout.zero_()

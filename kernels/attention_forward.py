@@ -106,7 +106,8 @@ def _attend_range(
     return accumulator, maximum, total
 
 
-@triton.jit
+# Lengths change at every step of a decode; specialising on them would compile the kernel again and again.
+@triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_forward_kernel(
     query_ptr,
     key_ptr,
@@ -115,7 +116,7 @@ def attention_forward_kernel(
     range_ptr,  # (B, 1 or H, 2) int32: the keys whose bias is not 0
     padding_ptr,  # (B, Nk) uint8, read only with HAS_PADDING
     gate_ptr,  # (B, Nq) uint8, read only with HAS_GATE
-    output_ptr,  # (B, Nq, H, Dv) contiguous
+    output_ptr,
     lse_ptr,  # (B, H, Nq) float32 contiguous
     query_stride_b,
     query_stride_h,
@@ -132,6 +133,9 @@ def attention_forward_kernel(
     padding_stride_n,
     gate_stride_b,
     gate_stride_n,
+    output_stride_b,
+    output_stride_h,
+    output_stride_n,
     num_heads,
     group_size,
     num_queries,
@@ -217,9 +221,9 @@ def attention_forward_kernel(
 
     output = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that saw no key: 0
     value_dims = tl.arange(0, BLOCK_DV)
-    output_row = (batch * num_queries + rows_64) * num_heads + head
+    output_base = output_ptr + batch * output_stride_b + head * output_stride_h
     tl.store(
-        output_ptr + output_row[:, None] * VALUE_DIM + value_dims[None, :],
+        output_base + rows_64[:, None] * output_stride_n + value_dims[None, :],
         output.to(output_ptr.dtype.element_ty),
         mask=(rows[:, None] < num_queries) & (value_dims[None, :] < VALUE_DIM),
     )
@@ -240,20 +244,18 @@ def attention_forward(
     row_gate: Tensor | None,
     is_causal: bool,
     scale: float,
-    return_lse: bool,
+    output: Tensor,
+    lse: Tensor | None,
     compute_capability: int,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Launches the kernel; shapes and dtypes as in `backends.interface.AttentionCall`. `tile` overrides the table."""
+) -> None:
+    """Launches the kernel, which writes output (B, H, Nq, Dv), unit last stride, and lse (B, H, Nq) float32 contiguous if given.
+
+    The rest is as in `backends.interface.AttentionCall`.
+    """
     batch, heads, num_queries, head_dim = query.shape
     num_keys, value_dim = value.shape[2:]
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    output = query.new_empty(batch, num_queries, heads, value_dim)
-    lse = query.new_empty((batch, heads, num_queries), dtype=torch.float32) if return_lse else None
-
-    launch = launch_arguments(
-        head_dim, value_dim, query.element_size(), compute_capability, scale, tile
-    )
+    launch = launch_arguments(head_dim, value_dim, query.element_size(), compute_capability, scale)
     # Without a row gate, padding is a bias of -inf; with one it must be kept apart, since it holds for every row.
     has_gate = row_gate is not None and key_bias is not None
     has_bias = key_bias is not None or key_padding_mask is not None
@@ -280,7 +282,7 @@ def attention_forward(
         padding,
         gate,
         output,
-        lse if return_lse else query,
+        query if lse is None else lse,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -288,6 +290,7 @@ def attention_forward(
         1 if bias_heads > 1 else 0,
         *(padding.stride() if has_padding else (0, 0)),
         *(gate.stride() if has_gate else (0, 0)),
+        *output.stride()[:3],
         heads,
         heads // key.shape[1],
         num_queries,
@@ -296,10 +299,9 @@ def attention_forward(
         HAS_PADDING=has_padding,
         HAS_GATE=has_gate,
         IS_CAUSAL=is_causal,
-        RETURN_LSE=return_lse,
+        RETURN_LSE=lse is not None,
         **launch,
     )
-    return output.transpose(1, 2), lse
 
 
 # With a smaller scale, bias / scale could overflow float32.

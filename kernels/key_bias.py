@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_keys"])
 def prepare_key_bias_kernel(
     bias_ptr,  # (B, 1 or H, Nk) float32, or unused
     padding_ptr,  # (B, Nk) bool, or unused

@@ -44,6 +44,18 @@ class AttentionCall:
         return torch.float64 if self.query.dtype == torch.float64 else torch.float32
 
 
+def new_output(query: Tensor, num_rows: int, dim: int) -> Tensor:
+    """An uninitialised (B, H, num_rows, dim), laid out in memory as query is.
+
+    Contiguous for a contiguous query. Otherwise (B, num_rows, H, dim) in memory, which is how projections give it and how the layer after
+    attention wants it back.
+    """
+    batch, heads = query.shape[:2]
+    if query.is_contiguous():
+        return query.new_empty(batch, heads, num_rows, dim)
+    return query.new_empty(batch, num_rows, heads, dim).transpose(1, 2)
+
+
 class AttentionFeatures(NamedTuple):
     """All of a call that may decide which backend can run it; hashable, and the same at every step of a decode."""
 

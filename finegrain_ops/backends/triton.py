@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from .interface import AttentionCall, AttentionFeatures, AttentionGradients
+from .interface import AttentionCall, AttentionFeatures, AttentionGradients, new_output
 
 LARGEST_HEAD_DIM = 256
 _NO_BACKWARD = "it has no backward pass yet, and a gradient is wanted; call under torch.no_grad() or use another backend"
@@ -56,6 +56,8 @@ def not_supported_reasons(features: AttentionFeatures) -> list[str]:
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     from ..kernels.attention_forward import attention_forward  # imports triton, so only now
 
+    output = new_output(call.query, call.query.shape[2], call.value.shape[3])
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32) if call.return_lse else None
     arguments = (
         call.query,
         call.key,
@@ -65,12 +67,15 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         call.row_gate,
         call.is_causal,
         call.scale,
-        call.return_lse,
+        output,
+        lse,
     )
     if call.query.device.type == "cpu":
-        return attention_forward(*arguments, compute_capability=80)
-    with torch.cuda.device(call.query.device):
-        return attention_forward(*arguments, compute_capability=_compute_capability(call.query.device.index))
+        attention_forward(*arguments, compute_capability=80)
+    else:
+        with torch.cuda.device(call.query.device):
+            attention_forward(*arguments, compute_capability=_compute_capability(call.query.device.index))
+    return output, lse
 
 
 def backward(

@@ -40,7 +40,7 @@ def split(num_queries: int, num_keys: int, is_causal: bool) -> list[Piece]:
 
 def empty_rows(call: AttentionCall, piece: Piece) -> Tensor | None:
     """Which rows of a piece see no key at all, (B or 1, 1 or H, rows) bool; None when there is no such row."""
-    if call.key_bias is None and call.key_padding_mask is None:
+    if call.key_padding_mask is None and (call.key_bias is None or _removes_no_key(call.key_bias)):
         return None
     num_rows = call.query[:, :, piece.rows].shape[2]
 
@@ -65,6 +65,11 @@ def empty_rows(call: AttentionCall, piece: Piece) -> Tensor | None:
     if empty.device.type == "cpu" and not empty.any():  # on other devices the question would stop the device
         return None
     return empty
+
+
+def _removes_no_key(key_bias: Tensor) -> bool:
+    """Whether it is cheap to know that no entry is -inf: on a CPU it is, on a device the question would stop it."""
+    return key_bias.device.type == "cpu" and bool(key_bias.min() != float("-inf"))
 
 
 def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:

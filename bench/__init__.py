@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m pytest bench --benchmark-only`; their stored rows: `python -m bench.report`."""
