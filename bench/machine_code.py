@@ -1,4 +1,5 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads registers, spills and hot loops from the machine code.
+"""Compiles the Triton kernels for GPUs that are not here, and reads registers, spills and hot loops from the machine
+code.
 
     python -m bench.machine_code    prints a table for every shipped configuration of the forward kernel
 
@@ -64,7 +65,9 @@ def compile_forward(
     names = attention_forward_kernel.arg_names
     signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
     aligned = [
-        i for i, n in enumerate(names) if n.endswith("_ptr") or n.startswith(("query_stride", "key_stride", "value_stride"))
+        i
+        for i, n in enumerate(names)
+        if n.endswith("_ptr") or n.startswith(("query_stride", "key_stride", "value_stride"))
     ]
     compiled = triton.compile(
         ASTSource(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path as _Path
 from typing import TYPE_CHECKING, Any
 
-# In a source checkout that is not installed, kernels/ and integrations/ lie beside this folder, in the repository's root.
+# In a source checkout that is not installed, kernels/ and integrations/ lie beside this folder, in the repository's
+# root.
 _ROOT = _Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "attention_forward.py").is_file():
     __path__.append(str(_ROOT))

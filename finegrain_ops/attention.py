@@ -42,15 +42,17 @@ def reweighted_attention(
         s_{ij} = \mathrm{scale} \cdot q_i \cdot k_j + g_i (b_j + \log(\lambda) M_j), \qquad
         o_i = \sum_j \mathrm{softmax}_j(s_{ij}) \, v_j
 
-    With b = 0 and g = 1 this is Eq. 3 of CoF (arXiv 2412.16869, Sec. II-C): before normalisation, the attention that each
-    key of the region receives is multiplied by lambda. Prompt Highlighter, PASTA (lambda < 1 on the other keys) and
-    attention knock-out (lambda = 0) are the same operation with other M, b and g.
+    With b = 0 and g = 1 this is Eq. 3 of CoF (arXiv 2412.16869, Sec. II-C): before normalisation, the attention that
+    each key of the region receives is multiplied by lambda. Prompt Highlighter, PASTA (lambda < 1 on the other keys)
+    and attention knock-out (lambda = 0) are the same operation with other M, b and g.
 
     Args:
-        query: (B, H, Nq, D), float16, bfloat16 or float32 (float64 on CPU). Any strides; a unit last stride avoids a copy.
+        query: (B, H, Nq, D), float16, bfloat16 or float32 (float64 on CPU). Any strides; a unit last stride avoids
+            a copy.
         key: (B, Hkv, Nk, D), same dtype; H is a multiple of Hkv (grouped-query attention).
         value: (B, Hkv, Nk, Dv), same dtype; Dv may differ from D.
-        region_mask: M, bool or float in [0, 1], (Nk,), (B, Nk) or (B, H, Nk). None: no region, and weight has no effect.
+        region_mask: M, bool or float in [0, 1], (Nk,), (B, Nk) or (B, H, Nk). None: no region, and weight has
+            no effect.
         weight: lambda >= 0, a number or a float tensor (), (B,) or (B, H). 0 removes the keys with M > 0.
         key_bias: b, float, natural-log units, shapes as M; added to log(lambda) M. -inf removes a key.
         key_padding_mask: (B, Nk) bool, True = attend. It holds for every row, whatever row_gate says.
@@ -58,12 +60,13 @@ def reweighted_attention(
         is_causal: row i sees keys j <= i + Nk - Nq: aligned bottom-right, as in flash-attn.
         scale: of the dot product; default 1 / sqrt(D).
         return_lse: also return the logsumexp of each row's scores.
-        backend: "auto" takes the fastest that can run the call; "triton", "cuda", "sdpa" or "reference" run there or raise.
+        backend: "auto" takes the fastest that can run the call; "triton", "cuda", "sdpa" or "reference" run there
+            or raise.
 
     Returns:
-        (B, H, Nq, Dv) in query's dtype; with return_lse also lse (B, H, Nq), float32 (float64 for float64 inputs), natural
-        log. A row that sees no key gives 0, lse -inf and gradients of 0. Differentiable in query, key, value and every
-        float tensor among region_mask, weight and key_bias; also through lse.
+        (B, H, Nq, Dv) in query's dtype; with return_lse also lse (B, H, Nq), float32 (float64 for float64 inputs),
+        natural log. A row that sees no key gives 0, lse -inf and gradients of 0. Differentiable in query, key, value
+        and every float tensor among region_mask, weight and key_bias; also through lse.
 
     Raises:
         ValueError: a shape or a value is not as said above (values on a device only with FINEGRAIN_CHECK=1).
@@ -81,7 +84,7 @@ def reweighted_attention(
         output = scores.softmax(-1) @ value
     """
     query, key, value = _autocast(*_check_query_key_value(query, key, value))
-    batch, heads, num_queries, head_dim = query.shape
+    batch, _heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
 
     bias = _compose_bias(region_mask, weight, key_bias, query, num_keys)
@@ -96,9 +99,7 @@ def reweighted_attention(
         options = ", ".join(map(repr, ("auto", *BACKENDS)))
         raise ValueError(f"backend: expected one of {options}, got {describe(backend)}")
 
-    needs_grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, bias)
-    )
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (query, key, value, bias))
     output, lse = ops.reweighted_attention(
         query,
         key,
@@ -158,9 +159,7 @@ def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor
     return query, key, value
 
 
-def _check_mask(
-    mask: Tensor, name: str, query: Tensor, shapes: list[tuple[int, ...]], meaning: str
-) -> None:
+def _check_mask(mask: Tensor, name: str, query: Tensor, shapes: list[tuple[int, ...]], meaning: str) -> None:
     require_tensor(mask, name, f"a bool tensor {meaning}")
     if mask.dtype != torch.bool:
         raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}; convert it with {name}.bool()")
@@ -171,7 +170,9 @@ def _check_mask(
 def _compose_bias(
     region_mask: Tensor | None, weight: float | Tensor, key_bias: Tensor | None, query: Tensor, num_keys: int
 ) -> Tensor | None:
-    """b + log(lambda) M as one (B, 1 or H, Nk) tensor in the dtype of the scores; None where that is 0 by construction."""
+    """b + log(lambda) M as one (B, 1 or H, Nk) tensor in the dtype of the scores; None where that is 0 by
+    construction.
+    """
     batch, heads = query.shape[:2]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     shapes = [(num_keys,), (batch, num_keys), (batch, heads, num_keys)]
@@ -194,7 +195,9 @@ def _compose_bias(
     if region_mask is not None:
         require_tensor(region_mask, "region_mask", f"a bool or float tensor {meaning}")
         if region_mask.dtype != torch.bool and region_mask.dtype not in FLOATING_DTYPES:
-            raise TypeError(f"region_mask: expected bool or a floating dtype, got {region_mask.dtype}; convert it with .bool()")
+            raise TypeError(
+                f"region_mask: expected bool or a floating dtype, got {region_mask.dtype}; convert it with .bool()"
+            )
         require_shape(region_mask, "region_mask", shapes, meaning)
         require_same_device(region_mask, "region_mask", query)
         region_mask = require_values(region_mask, "region_mask", 0.0, 1.0, "values in [0, 1]")

@@ -1,17 +1,19 @@
 """From boxes in an image to the tokens that a vision encoder makes of it, in exact arithmetic.
 
-Coordinates are continuous: pixel (row r, column c) covers [c, c+1] x [r, r+1], an image spans (0, 0) to (width, height), a box is
-(x0, y0, x1, y1). Sizes are (height, width), as everywhere in PyTorch.
+Coordinates are continuous: pixel (row r, column c) covers [c, c+1] x [r, r+1], an image spans (0, 0) to (width,
+height), a box is (x0, y0, x1, y1). Sizes are (height, width), as everywhere in PyTorch.
 
 A `PixelMap` follows an image through its preprocessing, one method per step, named as the step is:
 
     PixelMap.of_image((height, width)).pad_to_square().resize_shortest_edge(336).center_crop(336, 336)
 
-Each axis is x' = scale * x + shift with rational scale and shift: 720 * 336 / 1920 / 14 is 9 exactly, and 8.999... in floats.
+Each axis is x' = scale * x + shift with rational scale and shift: 720 * 336 / 1920 / 14 is 9 exactly, and 8.999... in
+floats.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,8 +93,8 @@ class PixelMap:
 def token_mask(boxes: Sequence[Box], pixels: PixelMap, token_size: tuple[int, int]) -> Tensor:
     """The tokens that overlap any of the boxes: (grid height, grid width) bool.
 
-    A token of side q overlaps an edge-to-edge box [x0', x1'] in columns floor(x0' / q) .. ceil(x1' / q) - 1. What preprocessing
-    cut away has no tokens, so a box there gives none.
+    A token of side q overlaps an edge-to-edge box [x0', x1'] in columns floor(x0' / q) .. ceil(x1' / q) - 1. What
+    preprocessing cut away has no tokens, so a box there gives none.
     """
     rows, columns = _grid(pixels, token_size)
     mask = torch.zeros(rows, columns, dtype=torch.bool)
@@ -104,11 +106,16 @@ def token_mask(boxes: Sequence[Box], pixels: PixelMap, token_size: tuple[int, in
 
 
 def token_coverage(boxes: Sequence[Box], pixels: PixelMap, token_size: tuple[int, int]) -> Tensor:
-    """The share of each token's area that the union of the boxes covers: (grid height, grid width) float32 in [0, 1]."""
+    """The share of each token's area that the union of the boxes covers: (grid height, grid width) float32."""
     rows, columns = _grid(pixels, token_size)
     limits = (Fraction(rows * token_size[0]), Fraction(columns * token_size[1]))
     mapped = [
-        (_clamp(pixels.x(x0), limits[1]), _clamp(pixels.y(y0), limits[0]), _clamp(pixels.x(x1), limits[1]), _clamp(pixels.y(y1), limits[0]))
+        (
+            _clamp(pixels.x(x0), limits[1]),
+            _clamp(pixels.y(y0), limits[0]),
+            _clamp(pixels.x(x1), limits[1]),
+            _clamp(pixels.y(y1), limits[0]),
+        )
         for x0, y0, x1, y1 in boxes
     ]
     # The union is cut along every edge of a box or a token into cells that lie wholly inside or outside every box.
@@ -137,7 +144,7 @@ def _clamp(value: Fraction, limit: Fraction) -> Fraction:
 def _share_of_tokens(edges: list[Fraction], token: int, count: int) -> Tensor:
     """(count, len(edges) - 1): which share of each token's side every interval between edges takes."""
     share = torch.zeros(count, len(edges) - 1, dtype=torch.float64)
-    for interval, (low, high) in enumerate(zip(edges, edges[1:])):
+    for interval, (low, high) in enumerate(itertools.pairwise(edges)):
         share[int(low // token), interval] = float((high - low) / token)
     return share
 

@@ -22,10 +22,14 @@ def devices() -> list[str]:
 
 
 def backend_status(name: str, device: str) -> list[str]:
-    """Reasons why `name` cannot run an ordinary call (half precision on a GPU, float32 on a CPU; head dim 64) on `device`."""
+    """Reasons why `name` cannot run an ordinary call (half precision on a GPU, float32 on a CPU; head dim 64) on
+    `device`.
+    """
     kind = torch.device(device)
     dtype = torch.float32 if kind.type == "cpu" else torch.float16
-    return backends.not_supported_reasons(name, AttentionFeatures(kind.type, kind.index, dtype, 64, 64, needs_grad=False))
+    return backends.not_supported_reasons(
+        name, AttentionFeatures(kind.type, kind.index, dtype, 64, 64, needs_grad=False)
+    )
 
 
 def show(console: Console | None = None) -> None:

@@ -1,7 +1,7 @@
 """The operators as torch.library knows them: schema, shapes for tracing, and autograd, each declared once.
 
-Nothing here validates (the public functions did) or imports a backend; `backends.select` says which module runs. Outputs and
-gradients lie in memory as the inputs that they are like (`backends.interface.new_output`).
+Nothing here validates (the public functions did) or imports a backend; `backends.select` says which module runs.
+Outputs and gradients lie in memory as the inputs that they are like (`backends.interface.new_output`).
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ _LIBRARY.impl("reweighted_attention_backward", _backward, "CompositeExplicitAuto
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse, needs_grad, backend = inputs
+    query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse, _needs_grad, backend = inputs
     ctx.save_for_backward(query, key, value, key_bias, key_padding_mask, row_gate, *output)
     ctx.is_causal, ctx.scale, ctx.return_lse, ctx.backend = is_causal, scale, return_lse, backend
     ctx.set_materialize_grads(False)

@@ -1,7 +1,7 @@
 """Checks of arguments: every message says which argument, what was expected, what came and what to do.
 
-Shapes and dtypes are always checked. Values are checked where that needs no device synchronisation: Python numbers and CPU
-tensors always, tensors on a device when FINEGRAIN_CHECK=1 is set in the environment.
+Shapes and dtypes are always checked. Values are checked where that needs no device synchronisation: Python numbers
+and CPU tensors always, tensors on a device when FINEGRAIN_CHECK=1 is set in the environment.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ def values_are_checked(tensor: Tensor) -> bool:
 
 
 def require_values(tensor: Tensor, name: str, minimum: float, maximum: float, expected: str) -> Tensor:
-    """`tensor`, whose values lie in [minimum, maximum]; NaN never does. Unchecked on a device without FINEGRAIN_CHECK=1."""
+    """`tensor`, whose values lie in [minimum, maximum]; NaN never does. Unchecked on a device without
+    FINEGRAIN_CHECK=1.
+    """
     if tensor.is_floating_point() and tensor.numel() and values_are_checked(tensor):
         if torch.compiler.is_compiling():
             return torch.ops.finegrain_ops.require_values(tensor, name, minimum, maximum, expected)
@@ -96,9 +98,7 @@ def _require_values(tensor: Tensor, name: str, minimum: float, maximum: float, e
 
 
 _LIBRARY.impl("require_values", _require_values, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "finegrain_ops::require_values", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY
-)
+torch.library.register_fake("finegrain_ops::require_values", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY)
 torch.library.register_autograd(
     "finegrain_ops::require_values", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY
 )

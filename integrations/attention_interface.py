@@ -1,7 +1,8 @@
 """What a patched attention layer calls in place of its attention function: transformers' AttentionInterface.
 
-The layer's own q, k, v projections, rotary embedding and cache stay untouched. Without a key_bias the call goes on to the function that
-the model's configuration names, with the mask that it made for it, so nothing changes. With one it goes to `reweighted_attention`.
+The layer's own q, k, v projections, rotary embedding and cache stay untouched. Without a key_bias the call goes on to
+the function that the model's configuration names, with the mask that it made for it, so nothing changes. With one it
+goes to `reweighted_attention`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -28,8 +28,8 @@ _REFUSED = ("sliding_window", "softcap", "position_bias", "s_aux", "head_mask", 
 def interface_config(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of `config` for attention layers to hold, which makes them call `attention` below.
 
-    Only the layers hold it. The model keeps its own configuration, so that masks, caches and everything else that transformers
-    decides from it are made as before.
+    Only the layers hold it. The model keeps its own configuration, so that masks, caches and everything else that
+    transformers decides from it are made as before.
     """
     interface = copy.copy(config)
     interface._attn_implementation = NAME
@@ -59,8 +59,9 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, H, Q, D), key and value (B, Hkv, K, D) with the cache in them -> (B, Q, H, D), None.
 
-    key_bias is what `patching.biased_forward` made for this forward pass: (B, K') float32 over all keys so far, padding and unfilled
-    slots of the cache at -inf. A static cache has K > K' slots, of which the first K' are filled.
+    key_bias is what `patching.biased_forward` made for this forward pass: (B, K') float32 over all keys so far,
+    padding and unfilled slots of the cache at -inf. A static cache has K > K' slots, of which the first K' are
+    filled.
     """
     if key_bias is None:
         if attention_reader is not None:
@@ -100,7 +101,9 @@ def refuse_what_the_operator_cannot(dropout: float, kwargs: dict[str, Any]) -> N
                 "run this model without key_bias"
             )
     if kwargs.get("output_attentions"):
-        raise UnsupportedInputError("key_bias cannot be combined with output_attentions=True: no attention matrix is made")
+        raise UnsupportedInputError(
+            "key_bias cannot be combined with output_attentions=True: no attention matrix is made"
+        )
 
 
 AttentionInterface.register(NAME, attention)

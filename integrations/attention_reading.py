@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class LastRowAttention:
     """The attention that every key receives from the last position, averaged over heads and layers: (B, K) float32.
 
-    That position is the one that predicts the next token. Memory is B x H x K, never Q x K. Rows must be unpadded or padded left with
-    a key_bias given, since only the bias knows of padding.
+    That position is the one that predicts the next token. Memory is B x H x K, never Q x K. Rows must be unpadded or
+    padded left with a key_bias given, since only the bias knows of padding.
     """
 
     def __init__(self) -> None:

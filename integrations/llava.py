@@ -1,10 +1,11 @@
 """LLaVA-1.5 (Liu et al., arXiv 2310.03744) as transformers implements it: `LlavaForConditionalGeneration`.
 
-Every image is one grid of image_size / patch_size squared tokens (24 x 24 for 336 / 14), row major. With vision_feature_select_strategy "full" the
-CLS token comes before them.
+Every image is one grid of image_size / patch_size squared tokens (24 x 24 for 336 / 14), row major. With
+vision_feature_select_strategy "full" the CLS token comes before them.
 
-The image processor's steps, each only where its flag says so, tell where a pixel goes: pad to square (do_pad: the original LLaVA), resize (shortest
-edge, or to a fixed size), centre crop. The processors that transformers ships for llava-1.5-*-hf resize and crop without padding.
+The image processor's steps, each only where its flag says so, tell where a pixel goes: pad to square (do_pad: the
+original LLaVA), resize (shortest edge, or to a fixed size), centre crop. The processors that transformers ships for
+llava-1.5-*-hf resize and crop without padding.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def image_tokens(
     places = (inputs["input_ids"].cpu() == config.image_token_id).nonzero()  # (number of image tokens, 2)
     if len(places) != sum(counts):
         raise ValueError(
-            f"inputs: expected {sum(counts)} image tokens for the {len(image_sizes)} images of image_sizes ({counts[:4]} ...), "
+            f"inputs: expected {sum(counts)} image tokens for the {len(image_sizes)} images of image_sizes, "
             f"got {len(places)}; pass what the processor returned for these images"
         )
     tokens = []

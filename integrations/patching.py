@@ -1,8 +1,8 @@
 """`patch`: gives one model instance the keyword `key_bias`, and takes it away again without a trace.
 
 What it changes on the instance, and `remove` restores:
-- model.forward and the language model's forward take `key_bias` (a keyword, so it reaches every layer through gradient checkpointing, beams,
-  caches and threads without any state outside the call);
+- model.forward and the language model's forward take `key_bias` (a keyword, so it reaches every layer through
+  gradient checkpointing, beams, caches and threads without any state outside the call);
 - every attention layer of the language model holds a copy of its configuration that names our attention function
   (attention_interface.py). The model's own configuration is not touched.
 
@@ -27,7 +27,7 @@ from ..attention import log_weight_times_mask
 from ..errors import UnsupportedInputError, UnsupportedModelError
 from ..geometry import Box, PixelMap, check_image_size, clip_box, token_coverage, token_mask
 from ..validation import describe, require_number
-from .attention_interface import interface_config, original_attention
+from .attention_interface import interface_config
 
 FAMILIES = {"llava": "llava"}  # model_type -> module beside this one
 
@@ -62,12 +62,13 @@ def patch(model: nn.Module, processor: Any = None) -> PatchHandle:
             bias = handle.key_bias(inputs, boxes, image_sizes, weight=2.0)       # (B, P) float32
             output = model.generate(**inputs, key_bias=bias, max_new_tokens=64)
 
-    key_bias is (B, P) float, in natural-log units, over the P positions of the prompt, padding included: it is added to every
-    score of those keys, in every layer, head and row (CoF, arXiv 2412.16869, Eq. 3). Later positions get 0. Without key_bias
-    the model computes exactly what it did before.
+    key_bias is (B, P) float, in natural-log units, over the P positions of the prompt, padding included: it is added
+    to every score of those keys, in every layer, head and row (CoF, arXiv 2412.16869, Eq. 3). Later positions get 0.
+    Without key_bias the model computes exactly what it did before.
 
     Args:
-        model: an instance of a supported family (LLaVA-1.5: `LlavaForConditionalGeneration`). Only this instance is touched.
+        model: an instance of a supported family (LLaVA-1.5: `LlavaForConditionalGeneration`). Only this instance is
+        touched.
         processor: the model's processor, needed by `handle.region_mask` and `handle.key_bias` for its image geometry.
 
     Raises:
@@ -88,7 +89,9 @@ def patch(model: nn.Module, processor: Any = None) -> PatchHandle:
     try:
         for layer, config in zip(layers, _shared_interface_configs(layers)):
             handle._set(layer, "config", config)
-        handle._set(language_model, "forward", types.MethodType(_forward_with_bias(language_model.forward), language_model))
+        handle._set(
+            language_model, "forward", types.MethodType(_forward_with_bias(language_model.forward), language_model)
+        )
         handle._set(model, "forward", types.MethodType(_forward_that_takes_key_bias(model.forward), model))
         for name, replacement in (
             ("prepare_inputs_for_generation", _prepare_inputs_keeping_mask),
@@ -129,7 +132,8 @@ class PatchHandle:
 
         Args:
             inputs: what the processor returned for the batch (input_ids with the image tokens in place).
-            boxes: for each image, in the order of the prompts, a list of (x0, y0, x1, y1) in pixels of the original image; a
+            boxes: for each image, in the order of the prompts, a list of (x0, y0, x1, y1) in pixels of the original
+            image; a
                 single box need not be wrapped, [] is an image without a region. Parts outside the image are clipped.
             image_sizes: for each image, the original (height, width).
             soft: give the share of each token's area that the boxes cover, instead of whether they touch it.
@@ -141,10 +145,14 @@ class PatchHandle:
             ValueError: a box is malformed or outside its image, or the counts of images, boxes and sizes differ.
         """
         if self.processor is None:
-            raise ValueError("region_mask: the patch has no processor, which tells the image geometry; call patch(model, processor)")
+            raise ValueError(
+                "region_mask: the patch has no processor, which tells the image geometry; call patch(model, processor)"
+            )
         sizes = [check_image_size(size, f"image_sizes[{i}]") for i, size in enumerate(image_sizes)]
         if len(boxes) != len(sizes):
-            raise ValueError(f"boxes: expected one list of boxes per image, {len(sizes)} as in image_sizes, got {len(boxes)}")
+            raise ValueError(
+                f"boxes: expected one list of boxes per image, {len(sizes)} as in image_sizes, got {len(boxes)}"
+            )
         clipped = [_clipped_boxes(entry, size, f"boxes[{i}]") for i, (entry, size) in enumerate(zip(boxes, sizes))]
 
         input_ids = inputs["input_ids"]
@@ -154,8 +162,8 @@ class PatchHandle:
             grid = (token_coverage if soft else token_mask)(image_boxes, image.pixels, image.token_size)
             if image_boxes and not grid.any():
                 warnings.warn(
-                    f"boxes[{i}] lie wholly in what the image processor crops away: the model sees nothing of them, and no "
-                    "token is in the region",
+                    f"boxes[{i}] lie wholly in what the image processor crops away: the model sees nothing of them, "
+                    "and no token is in the region",
                     stacklevel=2,
                 )
             mask[image.batch_index, image.positions] = grid.flatten()
@@ -171,7 +179,8 @@ class PatchHandle:
     ) -> Tensor:
         """log(weight) * region_mask, (B, P) float32: what to give to the model as `key_bias`.
 
-        weight is lambda >= 0: above 1 the region gets more attention, below 1 less, 0 none. See `region_mask` for the rest.
+        weight is lambda >= 0: above 1 the region gets more attention, below 1 less, 0 none. See `region_mask` for the
+        rest.
         """
         weight = require_number(weight, "weight", minimum=0.0, what="a finite number >= 0")
         return log_weight_times_mask(weight, self.region_mask(inputs, boxes, image_sizes, soft=soft).float())
@@ -185,7 +194,7 @@ class PatchHandle:
         for owner, name, ours, _ in self._changes:
             if owner.__dict__.get(name) is not ours:
                 raise RuntimeError(
-                    f"remove: {type(owner).__name__}.{name} was replaced after patch; undo that first, then call remove again"
+                    f"remove: {type(owner).__name__}.{name} was replaced after patch; undo that first, then call remove"
                 )
         while self._changes:
             owner, name, _, before = self._changes.pop()
@@ -209,7 +218,11 @@ class _ABSENT:
 
 def _attention_layers(language_model: nn.Module) -> list[nn.Module]:
     """The decoder's self-attention modules; raises when there are none that go through AttentionInterface."""
-    layers = [m for m in language_model.modules() if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")]
+    layers = [
+        m
+        for m in language_model.modules()
+        if hasattr(m, "layer_idx") and hasattr(m, "is_causal") and hasattr(m, "config")
+    ]
     if not layers or not getattr(language_model, "_supports_attention_backend", False):
         raise UnsupportedModelError(
             f"patch: {type(language_model).__name__} has no attention layers that call transformers' AttentionInterface"
@@ -236,8 +249,8 @@ def _clipped_boxes(entry: Any, image_size: tuple[int, int], name: str) -> list[B
 
 # --- the replaced methods ----------------------------------------------------------------------------------------
 #
-# Each takes the bound method that it replaces and returns a function of (self, ...). They are bound with types.MethodType, so that copy.deepcopy
-# of a patched model gives a patched copy of its own.
+# Each takes the bound method that it replaces and returns a function of (self, ...). They are bound with
+# types.MethodType, so that copy.deepcopy of a patched model gives a patched copy of its own.
 
 
 def _bound_to(self: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -255,7 +268,9 @@ def _forward_that_takes_key_bias(original: Callable[..., Any]) -> Callable[..., 
             return _bound_to(self, original)(*args, **kwargs)
         _check_key_bias(key_bias)
         if kwargs.get("output_attentions") or getattr(self.config, "output_attentions", False):
-            raise UnsupportedInputError("key_bias cannot be combined with output_attentions=True: no attention matrix is made")
+            raise UnsupportedInputError(
+                "key_bias cannot be combined with output_attentions=True: no attention matrix is made"
+            )
         return _bound_to(self, original)(*args, key_bias=key_bias, **kwargs)
 
     parameters = list(inspect.signature(original).parameters.values())
@@ -294,7 +309,9 @@ def _forward_with_bias(original: Callable[..., Any]) -> Callable[..., Any]:
 def _bias_over_all_keys(
     key_bias: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any, new_tokens: Tensor
 ) -> Tensor:
-    """(B, K) float32 for the K keys that exist after this pass: key_bias, 0 beyond it, -inf where the mask says padding."""
+    """(B, K) float32 for the K keys that exist after this pass: key_bias, 0 beyond it, -inf where the mask says
+    padding.
+    """
     batch, num_new = new_tokens.shape[:2]
     if key_bias.shape[0] != batch:
         raise ValueError(f"key_bias: expected one row per sequence, here {batch}, got shape {tuple(key_bias.shape)}")
@@ -307,12 +324,12 @@ def _bias_over_all_keys(
         num_keys = attention_mask.shape[1]  # a static cache counts on the device; asking it would break the graph
     else:
         num_keys = num_new + (0 if cache is None else int(cache.get_seq_length()))
-    if attention_mask is None and cache is None and position_ids is not None and num_new > 1:
-        if bool((position_ids.diff(dim=-1) != 1).any()):
-            raise UnsupportedInputError(
-                "key_bias cannot be combined with packed sequences (position_ids that start anew within a row); "
-                "pass one sequence per row, with an attention_mask"
-            )
+    may_be_packed = attention_mask is None and cache is None and position_ids is not None
+    if may_be_packed and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise UnsupportedInputError(
+            "key_bias cannot be combined with packed sequences (position_ids that start anew within a row); "
+            "pass one sequence per row, with an attention_mask"
+        )
     bias = key_bias.to(device=new_tokens.device, dtype=torch.float32)
     bias = F.pad(bias, (0, num_keys - bias.shape[1])) if bias.shape[1] < num_keys else bias[:, :num_keys]
     if attention_mask is None:
@@ -352,6 +369,8 @@ def _generate_batch_without_bias(original: Callable[..., Any]) -> Callable[..., 
 
 def _check_key_bias(key_bias: object) -> None:
     if not isinstance(key_bias, Tensor) or not key_bias.is_floating_point():
-        raise TypeError(f"key_bias: expected a float tensor (B, P), got {describe(key_bias)}; handle.key_bias makes one")
+        raise TypeError(
+            f"key_bias: expected a float tensor (B, P), got {describe(key_bias)}; handle.key_bias makes one"
+        )
     if key_bias.dim() != 2:
         raise ValueError(f"key_bias: expected shape (B, P), got {tuple(key_bias.shape)}")

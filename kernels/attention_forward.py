@@ -7,18 +7,21 @@ The bias costs nothing where it is 0: the keys of a row of blocks fall into rang
     keys   0 ........ bias_start ........ bias_end ........ full_end .... end
            plain      biased              plain             masked (and biased)
 
-[0, full_end) are blocks that every row of the tile sees whole; the last few blocks hold the causal diagonal or the end of the keys.
+[0, full_end) are blocks that every row of the tile sees whole; the last few blocks hold the causal diagonal or the end
+of the keys.
 
-With scale > 0 the scores are kept as dot products: the accumulator of q . k starts at b / scale, which the tensor core adds for nothing, and
-the scale is folded into the exponent's fused multiply-add (FOLDED). Other scales are multiplied onto the scores first.
+With scale > 0 the scores are kept as dot products: the accumulator of q . k starts at b / scale, which the tensor
+core adds for nothing, and the scale is folded into the exponent's fused multiply-add (FOLDED). Other scales are
+multiplied onto the scores first.
 """
 
 import math
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+import triton
 
 from .key_bias import prepare_key_bias
 from .softmax import finite_maximum, online_softmax_step
@@ -74,7 +77,11 @@ def _attend_range(
             key = tl.load(key_address, mask=inside[None, :] & (dims[:, None] < HEAD_DIM), other=0.0)
             value = tl.load(value_address, mask=inside[:, None] & (value_dims[None, :] < VALUE_DIM), other=0.0)
         else:
-            key = tl.load(key_address, mask=dims[:, None] < HEAD_DIM, other=0.0) if HEAD_DIM != BLOCK_D else tl.load(key_address)
+            key = (
+                tl.load(key_address, mask=dims[:, None] < HEAD_DIM, other=0.0)
+                if HEAD_DIM != BLOCK_D
+                else tl.load(key_address)
+            )
             value = (
                 tl.load(value_address, mask=value_dims[None, :] < VALUE_DIM, other=0.0)
                 if VALUE_DIM != BLOCK_DV
@@ -92,7 +99,9 @@ def _attend_range(
             else:
                 scores = scores + bias[None, :]
             if HAS_PADDING:
-                attend = tl.load(padding_base + tl.cast(keys, tl.int64) * padding_stride_n, mask=keys < num_keys, other=1)
+                attend = tl.load(
+                    padding_base + tl.cast(keys, tl.int64) * padding_stride_n, mask=keys < num_keys, other=1
+                )
                 scores = tl.where(attend[None, :] != 0, scores, float("-inf"))
         if MASKED:
             visible = inside[None, :]
@@ -155,7 +164,9 @@ def attention_forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """One program per (batch, head, tile of BLOCK_M rows); the tiles of a head are neighbours, the longest causal ones first."""
+    """One program per (batch, head, tile of BLOCK_M rows); the tiles of a head are neighbours, the longest causal ones
+    first.
+    """
     num_tiles = tl.cdiv(num_queries, BLOCK_M)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
     batch_head = tl.program_id(0) // num_tiles
@@ -175,7 +186,9 @@ def attention_forward_kernel(
     )
     gate = rows < num_queries
     if HAS_GATE:
-        gate = tl.load(gate_ptr + batch * gate_stride_b + rows_64 * gate_stride_n, mask=rows < num_queries, other=0) != 0
+        gate = (
+            tl.load(gate_ptr + batch * gate_stride_b + rows_64 * gate_stride_n, mask=rows < num_queries, other=0) != 0
+        )
 
     end, full_end = num_keys, num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
@@ -248,7 +261,8 @@ def attention_forward(
     lse: Tensor | None,
     compute_capability: int,
 ) -> None:
-    """Launches the kernel, which writes output (B, H, Nq, Dv), unit last stride, and lse (B, H, Nq) float32 contiguous if given.
+    """Launches the kernel, which writes output (B, H, Nq, Dv), unit last stride, and lse (B, H, Nq) float32 contiguous
+    if given.
 
     The rest is as in `backends.interface.AttentionCall`.
     """

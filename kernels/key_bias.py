@@ -1,9 +1,12 @@
-"""What the attention kernels read of the bias: one row of scores to add per head, and the range of keys that it covers."""
+"""What the attention kernels read of the bias: one row of scores to add per head, and the range of keys that it
+covers.
+"""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
+
+import triton
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -24,7 +27,9 @@ def prepare_key_bias_kernel(
     HAS_PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program per (batch, head) row: prepared = multiplier * bias, -inf where padded; range = [first, last + 1) of prepared != 0."""
+    """One program per (batch, head) row: prepared = multiplier * bias, -inf where padded; range = [first, last + 1) of
+    prepared != 0.
+    """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // num_heads, row % num_heads
     first, last = num_keys, -1
@@ -50,10 +55,11 @@ def prepare_key_bias_kernel(
 def prepare_key_bias(
     key_bias: Tensor | None, key_padding_mask: Tensor | None, batch: int, num_keys: int, multiplier: float
 ) -> tuple[Tensor, Tensor]:
-    """The bias times `multiplier` with padded keys at -inf, (B, 1 or H, Nk) float32, and its range (B, 1 or H, 2) int32.
+    """The bias times `multiplier` with padded keys at -inf, (B, 1 or H, Nk) float32, and its range (B, 1 or H, 2)
+    int32.
 
-    Outside [start, end) of the range every entry is 0, so blocks of keys there need no bias and no mask. start > end is possible
-    when no entry differs from 0. Everything stays on the device: no synchronisation.
+    Outside [start, end) of the range every entry is 0, so blocks of keys there need no bias and no mask. start > end
+    is possible when no entry differs from 0. Everything stays on the device: no synchronisation.
     """
     source = key_bias if key_bias is not None else key_padding_mask
     assert source is not None

@@ -1,4 +1,6 @@
-"""The grid of arguments on which every backend is compared with the oracle: odd sizes, one feature at a time and all together."""
+"""The grid of arguments on which every backend is compared with the oracle: odd sizes, one feature at a time and all
+together.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +8,13 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from tolerances import assert_close
 from torch import Tensor
 
 import finegrain_ops
+import oracle
+from tolerances import assert_close
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,9 @@ CASES: dict[str, Case] = {
         num_queries=9, num_keys=43, bias="bhn", removed="some", gate="bn", padding="left", is_causal=True
     ),
     "more queries than keys": Case(num_queries=43, num_keys=19, bias="bn", is_causal=True),
-    "decode": Case(num_queries=1, num_keys=65, heads=6, kv_heads=2, region="bn", weight=2.0, padding="left", is_causal=True),
+    "decode": Case(
+        num_queries=1, num_keys=65, heads=6, kv_heads=2, region="bn", weight=2.0, padding="left", is_causal=True
+    ),
     "one key": Case(num_keys=1, bias="bn"),
     "wide value": Case(value_dim=40, region="bn", weight=2.0, is_causal=True),
     "narrow value": Case(head_dim=40, value_dim=8, bias="bn", gate="n"),
@@ -208,14 +212,10 @@ def _gradients(attention: Any, arguments: dict[str, Any], **options: Any) -> dic
 
 
 @functools.lru_cache(maxsize=1024)
-def _expected_forward(
-    case: Case, dtype: torch.dtype, device: str, compute_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _expected_forward(case: Case, dtype: torch.dtype, device: str, compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return oracle.reweighted_attention(**case.tensors(dtype, device), compute_dtype=compute_dtype)
 
 
 @functools.lru_cache(maxsize=1024)
-def _expected_gradients(
-    case: Case, dtype: torch.dtype, device: str, compute_dtype: torch.dtype
-) -> dict[str, Tensor]:
+def _expected_gradients(case: Case, dtype: torch.dtype, device: str, compute_dtype: torch.dtype) -> dict[str, Tensor]:
     return _gradients(oracle.reweighted_attention, case.tensors(dtype, device), compute_dtype=compute_dtype)

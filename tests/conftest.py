@@ -1,4 +1,6 @@
-"""Which tests run in this process: Triton's interpreter must be chosen before a kernel is imported, so it gets a process of its own."""
+"""Which tests run in this process: Triton's interpreter must be chosen before a kernel is imported, so it gets a
+process of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     triton = "run" if TRITON_RUNS_HERE else "left out (set TRITON_INTERPRET=1)"
-    return f"finegrain_ops: torch {torch.__version__}, Triton kernels {triton}, slow sweeps {'all' if RUN_ALL else 'sampled'}"
+    slow = "all" if RUN_ALL else "sampled"
+    return f"finegrain_ops: torch {torch.__version__}, Triton kernels {triton}, slow sweeps {slow}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

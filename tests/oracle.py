@@ -25,7 +25,9 @@ def reweighted_attention(
     scale: float | None = None,
     compute_dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor]:
-    """(output, lse) in compute_dtype, differentiable. In half precision it is the plain eager attention of tolerances.py."""
+    """(output, lse) in compute_dtype, differentiable. In half precision it is the plain eager attention of
+    tolerances.py.
+    """
     query, key, value = query.to(compute_dtype), key.to(compute_dtype), value.to(compute_dtype)
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]

@@ -37,23 +37,29 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
 
 def test_import_is_lean() -> None:
     """Neither triton nor transformers, nor what only the command line needs."""
-    code = "import finegrain_ops, sys; print([m for m in ('triton', 'transformers', 'rich', 'matplotlib') if m in sys.modules])"
+    heavy = "('triton', 'transformers', 'rich', 'matplotlib')"
+    code = f"import finegrain_ops, sys; print([m for m in {heavy} if m in sys.modules])"
     assert python(code, ROOT, ROOT).strip() == "[]"
 
 
 def test_a_call_on_a_cpu_imports_no_triton() -> None:
-    code = "import finegrain_ops, sys, torch; finegrain_ops.reweighted_attention(*torch.ones(3, 1, 1, 2, 4)); print('triton' in sys.modules)"
+    call = "finegrain_ops.reweighted_attention(*torch.ones(3, 1, 1, 2, 4))"
+    code = f"import finegrain_ops, sys, torch; {call}; print('triton' in sys.modules)"
     assert python(code, ROOT, ROOT).strip() == "False"
 
 
 def test_uninstalled_checkout(tmp_path: Path) -> None:
     for cwd, path in ((ROOT, None), (tmp_path, ROOT)):
         files = python(NOT_INSTALLED + ("sys.path.insert(0, ''); " if path is None else "") + USE, cwd, path).split()
-        assert files == [str(ROOT / f) for f in ("finegrain_ops/__init__.py", "kernels/tuning.py", "integrations/patching.py")]
+        assert files == [
+            str(ROOT / f) for f in ("finegrain_ops/__init__.py", "kernels/tuning.py", "integrations/patching.py")
+        ]
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """Builds without a compiler, a GPU or torch in the build environment; holds every module and py.typed, and nothing else."""
+    """Builds without a compiler, a GPU or torch in the build environment; holds every module and py.typed, and nothing
+    else.
+    """
     source = tmp_path / "source"  # a build writes beside the sources
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
     options = ["--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path]

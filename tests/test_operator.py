@@ -6,16 +6,19 @@ import math
 
 import pytest
 import torch
-from attention_cases import CASES
 
 import finegrain_ops
+from attention_cases import CASES
 from finegrain_ops import UnsupportedInputError, backends, reweighted_attention
 
 
 def operator_arguments(requires_grad: bool, backend: str, gate: bool = False) -> tuple:
     torch.manual_seed(0)
     query = torch.randn(2, 4, 5, 8, requires_grad=requires_grad)
-    key, value = torch.randn(2, 2, 7, 8, requires_grad=requires_grad), torch.randn(2, 2, 7, 6, requires_grad=requires_grad)
+    key, value = (
+        torch.randn(2, 2, 7, 8, requires_grad=requires_grad),
+        torch.randn(2, 2, 7, 6, requires_grad=requires_grad),
+    )
     bias = torch.randn(2, 1, 7, requires_grad=requires_grad)
     padding = torch.rand(2, 7) > 0.2
     row_gate = torch.rand(2, 5) > 0.5 if gate else None
@@ -160,44 +163,108 @@ Q = torch.zeros(2, 4, 5, 8)
 KV = torch.zeros(2, 2, 7, 8)
 
 BAD_INPUT = {
-    "query is no tensor": (dict(query=[1.0]), TypeError, r"query: expected a tensor \(B, H, Nq, D\), got list"),
-    "query has 3 dimensions": (dict(query=Q[0]), ValueError, r"query: expected 4 dimensions .* got shape \(4, 5, 8\)"),
-    "integer query": (dict(query=Q.int()), TypeError, "query: expected float16, bfloat16, float32 or float64, got torch.int32"),
-    "dtypes differ": (dict(key=KV.half()), TypeError, "key: expected query's dtype torch.float32, got torch.float16"),
-    "devices differ": (dict(key=KV.to("meta")), ValueError, "key: expected a tensor on query's device cpu, got one on meta"),
-    "batches differ": (dict(key=KV[:1]), ValueError, r"key: expected .* B = 2 and D = 8, got shape \(1, 2, 7, 8\)"),
-    "head dims differ": (dict(key=KV[..., :4]), ValueError, "key: expected"),
-    "heads no multiple": (dict(query=Q[:, :3]), ValueError, "key: expected a number of heads Hkv that divides query's H = 3"),
-    "value is shorter": (dict(value=KV[:, :, :6]), ValueError, r"value: expected .* \(2, 2, 7\), got shape \(2, 2, 6, 8\)"),
-    "no head dim": (dict(query=Q[..., :0], key=KV[..., :0]), ValueError, "query: expected a head dimension D of at least 1"),
-    "mask of the wrong length": (dict(region_mask=torch.ones(6)), ValueError, r"region_mask: expected shape .* got \(6,\)"),
-    "mask of the wrong batch": (dict(region_mask=torch.ones(3, 7)), ValueError, r"region_mask: expected shape .* got \(3, 7\)"),
-    "integer mask": (dict(region_mask=torch.ones(7).int()), TypeError, "region_mask: expected bool or a floating dtype"),
-    "mask above 1": (dict(region_mask=torch.full((7,), 1.5)), ValueError, r"region_mask: expected values in \[0, 1\]"),
-    "mask below 0": (dict(region_mask=torch.full((7,), -0.5)), ValueError, "region_mask: expected values"),
-    "NaN in the mask": (dict(region_mask=torch.full((7,), math.nan)), ValueError, "region_mask: expected values"),
-    "negative weight": (dict(weight=-1.0), ValueError, "weight: expected a finite number >= 0 .* got -1.0"),
-    "NaN weight": (dict(weight=math.nan), ValueError, "weight: expected a finite number >= 0 .* got nan"),
-    "infinite weight": (dict(weight=math.inf), ValueError, "weight: expected a finite number >= 0 .* got inf"),
-    "weight is text": (dict(weight="2"), TypeError, "weight: expected a finite number >= 0 .* got str '2'"),
-    "weight is a bool": (dict(weight=True), TypeError, "weight: expected"),
-    "negative weight tensor": (dict(weight=torch.tensor([1.0, -1.0])), ValueError, "weight: expected finite values >= 0"),
-    "NaN weight tensor": (dict(weight=torch.tensor(math.nan)), ValueError, "weight: expected finite values >= 0"),
-    "integer weight tensor": (dict(weight=torch.tensor(2)), TypeError, "weight: expected a floating dtype"),
-    "weight of the wrong shape": (dict(weight=torch.ones(4)), ValueError, r"weight: expected shape \(\), \(B,\) or \(B, H\)"),
-    "bias is no tensor": (dict(key_bias=1.0), TypeError, "key_bias: expected a float tensor"),
-    "bool bias": (dict(key_bias=torch.ones(7).bool()), TypeError, "key_bias: expected a floating dtype"),
-    "NaN in the bias": (dict(key_bias=torch.full((7,), math.nan)), ValueError, "key_bias: expected values below .inf and no NaN"),
-    "+inf in the bias": (dict(key_bias=torch.full((7,), math.inf)), ValueError, "key_bias: expected values below .inf"),
-    "bias of the wrong length": (dict(key_bias=torch.ones(2, 4, 8)), ValueError, r"key_bias: expected shape .* got \(2, 4, 8\)"),
-    "integer padding": (dict(key_padding_mask=torch.ones(2, 7).int()), TypeError, r"key_padding_mask: .* key_padding_mask.bool\(\)"),
-    "padding of the wrong shape": (dict(key_padding_mask=torch.ones(7).bool()), ValueError, "key_padding_mask: expected shape"),
-    "float gate": (dict(row_gate=torch.ones(5)), TypeError, "row_gate: expected torch.bool"),
-    "gate of the wrong length": (dict(row_gate=torch.ones(7).bool()), ValueError, r"row_gate: expected shape .* got \(7,\)"),
-    "causal is no bool": (dict(is_causal=1), TypeError, "is_causal: expected True or False, got int 1"),
-    "scale is NaN": (dict(scale=math.nan), ValueError, "scale: expected a finite number"),
-    "scale is a tensor": (dict(scale=torch.tensor(1.0)), TypeError, "scale: expected a finite number"),
-    "unknown backend": (dict(backend="tritn"), ValueError, "backend: expected one of 'auto', 'triton', .* got str 'tritn'"),
+    "query is no tensor": ({"query": [1.0]}, TypeError, r"query: expected a tensor \(B, H, Nq, D\), got list"),
+    "query has 3 dimensions": ({"query": Q[0]}, ValueError, r"query: expected 4 dimensions .* got shape \(4, 5, 8\)"),
+    "integer query": (
+        {"query": Q.int()},
+        TypeError,
+        "query: expected float16, bfloat16, float32 or float64, got torch.int32",
+    ),
+    "dtypes differ": ({"key": KV.half()}, TypeError, "key: expected query's dtype torch.float32, got torch.float16"),
+    "devices differ": (
+        {"key": KV.to("meta")},
+        ValueError,
+        "key: expected a tensor on query's device cpu, got one on meta",
+    ),
+    "batches differ": ({"key": KV[:1]}, ValueError, r"key: expected .* B = 2 and D = 8, got shape \(1, 2, 7, 8\)"),
+    "head dims differ": ({"key": KV[..., :4]}, ValueError, "key: expected"),
+    "heads no multiple": (
+        {"query": Q[:, :3]},
+        ValueError,
+        "key: expected a number of heads Hkv that divides query's H = 3",
+    ),
+    "value is shorter": (
+        {"value": KV[:, :, :6]},
+        ValueError,
+        r"value: expected .* \(2, 2, 7\), got shape \(2, 2, 6, 8\)",
+    ),
+    "no head dim": (
+        {"query": Q[..., :0], "key": KV[..., :0]},
+        ValueError,
+        "query: expected a head dimension D of at least 1",
+    ),
+    "mask of the wrong length": (
+        {"region_mask": torch.ones(6)},
+        ValueError,
+        r"region_mask: expected shape .* got \(6,\)",
+    ),
+    "mask of the wrong batch": (
+        {"region_mask": torch.ones(3, 7)},
+        ValueError,
+        r"region_mask: expected shape .* got \(3, 7\)",
+    ),
+    "integer mask": (
+        {"region_mask": torch.ones(7).int()},
+        TypeError,
+        "region_mask: expected bool or a floating dtype",
+    ),
+    "mask above 1": ({"region_mask": torch.full((7,), 1.5)}, ValueError, r"region_mask: expected values in \[0, 1\]"),
+    "mask below 0": ({"region_mask": torch.full((7,), -0.5)}, ValueError, "region_mask: expected values"),
+    "NaN in the mask": ({"region_mask": torch.full((7,), math.nan)}, ValueError, "region_mask: expected values"),
+    "negative weight": ({"weight": -1.0}, ValueError, "weight: expected a finite number >= 0 .* got -1.0"),
+    "NaN weight": ({"weight": math.nan}, ValueError, "weight: expected a finite number >= 0 .* got nan"),
+    "infinite weight": ({"weight": math.inf}, ValueError, "weight: expected a finite number >= 0 .* got inf"),
+    "weight is text": ({"weight": "2"}, TypeError, "weight: expected a finite number >= 0 .* got str '2'"),
+    "weight is a bool": ({"weight": True}, TypeError, "weight: expected"),
+    "negative weight tensor": (
+        {"weight": torch.tensor([1.0, -1.0])},
+        ValueError,
+        "weight: expected finite values >= 0",
+    ),
+    "NaN weight tensor": ({"weight": torch.tensor(math.nan)}, ValueError, "weight: expected finite values >= 0"),
+    "integer weight tensor": ({"weight": torch.tensor(2)}, TypeError, "weight: expected a floating dtype"),
+    "weight of the wrong shape": (
+        {"weight": torch.ones(4)},
+        ValueError,
+        r"weight: expected shape \(\), \(B,\) or \(B, H\)",
+    ),
+    "bias is no tensor": ({"key_bias": 1.0}, TypeError, "key_bias: expected a float tensor"),
+    "bool bias": ({"key_bias": torch.ones(7).bool()}, TypeError, "key_bias: expected a floating dtype"),
+    "NaN in the bias": (
+        {"key_bias": torch.full((7,), math.nan)},
+        ValueError,
+        "key_bias: expected values below .inf and no NaN",
+    ),
+    "+inf in the bias": ({"key_bias": torch.full((7,), math.inf)}, ValueError, "key_bias: expected values below .inf"),
+    "bias of the wrong length": (
+        {"key_bias": torch.ones(2, 4, 8)},
+        ValueError,
+        r"key_bias: expected shape .* got \(2, 4, 8\)",
+    ),
+    "integer padding": (
+        {"key_padding_mask": torch.ones(2, 7).int()},
+        TypeError,
+        r"key_padding_mask: .* key_padding_mask.bool\(\)",
+    ),
+    "padding of the wrong shape": (
+        {"key_padding_mask": torch.ones(7).bool()},
+        ValueError,
+        "key_padding_mask: expected shape",
+    ),
+    "float gate": ({"row_gate": torch.ones(5)}, TypeError, "row_gate: expected torch.bool"),
+    "gate of the wrong length": (
+        {"row_gate": torch.ones(7).bool()},
+        ValueError,
+        r"row_gate: expected shape .* got \(7,\)",
+    ),
+    "causal is no bool": ({"is_causal": 1}, TypeError, "is_causal: expected True or False, got int 1"),
+    "scale is NaN": ({"scale": math.nan}, ValueError, "scale: expected a finite number"),
+    "scale is a tensor": ({"scale": torch.tensor(1.0)}, TypeError, "scale: expected a finite number"),
+    "unknown backend": (
+        {"backend": "tritn"},
+        ValueError,
+        "backend: expected one of 'auto', 'triton', .* got str 'tritn'",
+    ),
 }
 
 

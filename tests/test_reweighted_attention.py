@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_cases import ALL_CASES, CASES, Case, check_forward, check_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
 
 import finegrain_ops
+import oracle
+from attention_cases import ALL_CASES, CASES, Case, check_forward, check_gradients
 from finegrain_ops import reweighted_attention
 from finegrain_ops.backends.sdpa import engines
+from tolerances import assert_close
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -178,7 +178,9 @@ def test_two_runs_are_equal_to_the_bit() -> None:
     runs = []
     for _ in range(2):
         leaves = {
-            n: t.detach().requires_grad_() for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.dtype.is_floating_point
+            n: t.detach().requires_grad_()
+            for n, t in arguments.items()
+            if isinstance(t, torch.Tensor) and t.dtype.is_floating_point
         }
         output = finegrain_ops.reweighted_attention(**{**arguments, **leaves})
         runs.append([output, *torch.autograd.grad(output.sum(), list(leaves.values()))])

@@ -1,7 +1,8 @@
 """How far a result may be from the float64 oracle: derived from the dtype, never chosen to make a test pass.
 
-The budget of a tensor is twice the error that plain eager attention makes in that dtype on the same inputs, plus a few units in the last place
-of the largest magnitude, since a small case can be exact by luck. A fused kernel, which keeps its scores in float32, should do better.
+The budget of a tensor is twice the error that plain eager attention makes in that dtype on the same inputs, plus a
+few units in the last place of the largest magnitude, since a small case can be exact by luck. A fused kernel, which
+keeps its scores in float32, should do better.
 """
 
 from __future__ import annotations

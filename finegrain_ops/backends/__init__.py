@@ -1,7 +1,7 @@
 """Which backend runs a call, and why not the others: the only place that decides.
 
-A backend is a module of this folder that follows `interface.Backend`. It is imported when it is first considered, so that
-importing finegrain_ops imports neither triton nor a compiler.
+A backend is a module of this folder that follows `interface.Backend`. It is imported when it is first considered, so
+that importing finegrain_ops imports neither triton nor a compiler.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from .interface import AttentionFeatures, Backend
 
 BACKENDS = ("triton", "cuda", "sdpa", "reference")
 
-# The fastest first. On a CPU, "triton" is the interpreter and "cuda" does not exist: only a caller who names them gets them.
+# The fastest first. On a CPU, "triton" is the interpreter and "cuda" does not exist: only a caller who names them gets
+# them.
 _PREFERENCE = {"cuda": BACKENDS}
 _PREFERENCE_ELSEWHERE = ("sdpa", "reference")
 

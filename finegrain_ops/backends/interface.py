@@ -47,8 +47,8 @@ class AttentionCall:
 def new_output(query: Tensor, num_rows: int, dim: int) -> Tensor:
     """An uninitialised (B, H, num_rows, dim), laid out in memory as query is.
 
-    Contiguous for a contiguous query. Otherwise (B, num_rows, H, dim) in memory, which is how projections give it and how the layer after
-    attention wants it back.
+    Contiguous for a contiguous query. Otherwise (B, num_rows, H, dim) in memory, which is how projections give it and
+    how the layer after attention wants it back.
     """
     batch, heads = query.shape[:2]
     if query.is_contiguous():

@@ -63,7 +63,9 @@ def backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    """dS = P * (dO V^T - rowsum(dO * O) + dlse); from it dQ = scale dS K, dK = scale dS^T Q, db_j = sum_i g_i dS_ij; dV = P^T dO."""
+    """dS = P * (dO V^T - rowsum(dO * O) + dlse); from it dQ = scale dS K, dK = scale dS^T Q, db_j = sum_i g_i dS_ij;
+    dV = P^T dO.
+    """
     query, key, value = _operands(call)
     probabilities, _ = _probabilities(call, query, key)
     grad_output = grad_output.to(call.compute_dtype)

@@ -1,4 +1,6 @@
-"""The Triton kernels. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1), to check numbers, not to be fast."""
+"""The Triton kernels. On a CPU they run in Triton's interpreter (TRITON_INTERPRET=1), to check numbers, not to be
+fast.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from torch import Tensor
 from .interface import AttentionCall, AttentionFeatures, AttentionGradients, new_output
 
 LARGEST_HEAD_DIM = 256
-_NO_BACKWARD = "it has no backward pass yet, and a gradient is wanted; call under torch.no_grad() or use another backend"
+_NO_BACKWARD = (
+    "it has no backward pass yet, and a gradient is wanted; call under torch.no_grad() or use another backend"
+)
 
 
 def _interpreted() -> bool:

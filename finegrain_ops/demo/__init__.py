@@ -1,4 +1,6 @@
-"""`python -m finegrain_ops demo`: a photograph, a LLaVA, a box; generation without and with the box's attention multiplied."""
+"""`python -m finegrain_ops demo`: a photograph, a LLaVA, a box; generation without and with the box's attention
+multiplied.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..geometry import Box, clip_box
+
 DEFAULT_QUESTION = "What is lying on the saucer next to the cup?"
 DEFAULT_BOX = (322.0, 212.0, 412.0, 330.0)  # the spoon of the default photograph
 _SETUP_HINT = "the demo needs the packages of `pip install finegrain-ops[demo]`"
@@ -15,17 +19,28 @@ _SETUP_HINT = "the demo needs the packages of `pip install finegrain-ops[demo]`"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", help="a local folder or hub name of a LLaVA-1.5 checkpoint; default: a small model with random weights"
+        "--model",
+        help="a local folder or hub name of a LLaVA-1.5 checkpoint; default: a small model with random weights",
     )
-    parser.add_argument("--image", type=Path, help="a picture; default: the cup of coffee that scikit-image ships (CC0)")
     parser.add_argument(
-        "--box", type=float, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="region in pixels of the image (--image needs one)"
+        "--image", type=Path, help="a picture; default: the cup of coffee that scikit-image ships (CC0)"
     )
-    parser.add_argument("--weight", type=float, default=4.5, help="lambda: multiplies the region's attention (default 4.5)")
+    parser.add_argument(
+        "--box",
+        type=float,
+        nargs=4,
+        metavar=("X0", "Y0", "X1", "Y1"),
+        help="region in pixels of the image (--image needs one)",
+    )
+    parser.add_argument(
+        "--weight", type=float, default=4.5, help="lambda: multiplies the region's attention (default 4.5)"
+    )
     parser.add_argument("--question", default=DEFAULT_QUESTION)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--device", help="default: cuda where there is one, otherwise cpu")
-    parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where the picture goes (default demo.png)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo.png"), help="where the picture goes (default demo.png)"
+    )
     parser.set_defaults(parser=parser)
 
 
@@ -52,7 +67,6 @@ def run(options: argparse.Namespace) -> int:
         from tqdm import tqdm  # noqa: F401
     except ModuleNotFoundError as missing:
         options.parser.error(f"{missing.name} is not installed; {_SETUP_HINT}")
-    from ..geometry import clip_box
 
     transformers.logging.set_verbosity_error()
     try:
@@ -86,17 +100,18 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     if options.model is None:
         from . import random_llava
 
-        print("No --model given: a small LLaVA with random weights. Its words mean nothing; its attention is computed for real.\n")
-        model, processor = random_llava.make()
-        return model.to(device), processor
+        print("No --model given: a small LLaVA with random weights. Its words mean nothing, its attention is real.\n")
+        made: Any
+        made, processor = random_llava.make()
+        return made.to(device), processor
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
     dtype = torch.float32 if device == "cpu" else torch.float16
-    model = LlavaForConditionalGeneration.from_pretrained(options.model, torch_dtype=dtype).to(device).eval()
-    return model, AutoProcessor.from_pretrained(options.model)
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(options.model, dtype=dtype)
+    return loaded.to(device).eval(), AutoProcessor.from_pretrained(options.model)
 
 
-def _show(options: argparse.Namespace, image: Any, box: tuple[float, ...], model: Any, processor: Any) -> None:
+def _show(options: argparse.Namespace, image: Any, box: Box, model: Any, processor: Any) -> None:
     import torch
     from rich.console import Console
     from rich.table import Table
@@ -128,19 +143,19 @@ def _show(options: argparse.Namespace, image: Any, box: tuple[float, ...], model
     table.add_row("tokens per second", *(f"{g.tokens_per_second:.1f}" for g in (plain, focused)))
     table.add_row("attention backend", f"transformers {model.config.text_config._attn_implementation}", _backend(model))
     Console().print(table)
-    print(f"{int(region.sum())} of {int(on_image.sum())} image tokens are in the region; the attention is that of the position before the answer,")
-    print("averaged over layers and heads. Both rates include the prompt.")
+    print(f"{int(region.sum())} of {int(on_image.sum())} image tokens are in the region. The attention is the last")
+    print("position's of the prompt, averaged over layers and heads. Both rates include the prompt.")
 
     pixels = pixel_map(processor.image_processor, sizes[0])
     patch = model.config.vision_config.patch_size
     grid = (pixels.size[0] // patch, pixels.size[1] // patch)
     maps = [_on_grid(a[on_image], grid) for a in (before, after)]
     note = "random weights" if options.model is None else str(options.model)
-    picture.save(options.output, image, box, pixels, *maps, options.weight, f"{options.question}   ({note})")
+    picture.save(options.output, image, box, pixels, maps[0], maps[1], options.weight, f"{options.question}   ({note})")
     print(f"Picture: {options.output}")
 
 
-def _prompt(processor: Any, question: str) -> str:
+def _prompt(processor: Any, question: str) -> Any:
     if getattr(processor, "chat_template", None):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
@@ -197,7 +212,9 @@ def _generate(
 
 
 class _Counter:
-    """transformers' streamer interface: moves a progress bar by one for every new token; the first call brings the prompt."""
+    """transformers' streamer interface: moves a progress bar by one for every new token; the first call brings the
+    prompt.
+    """
 
     def __init__(self, progress: Any) -> None:
         self.progress, self.prompt_seen = progress, False

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor
@@ -38,7 +39,7 @@ def save(
     figure.savefig(path, dpi=110)
 
 
-def _overlay(axes: Axes, attention: Tensor, pixels: PixelMap, highest: float):
+def _overlay(axes: Axes, attention: Tensor, pixels: PixelMap, highest: float) -> AxesImage:
     """The token grid, laid over the part of the photograph that the model sees."""
     left, right = (float((edge - pixels.x.shift) / pixels.x.scale) for edge in (0, pixels.size[1]))
     top, bottom = (float((edge - pixels.y.shift) / pixels.y.scale) for edge in (0, pixels.size[0]))

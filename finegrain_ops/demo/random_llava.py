@@ -1,6 +1,8 @@
-"""A LLaVA with random weights but real geometry: 336-pixel preprocessing, 24 x 24 image tokens, transformers' own classes.
+"""A LLaVA with random weights but real geometry: 336-pixel preprocessing, 24 x 24 image tokens, transformers' own
+classes.
 
-It needs no download. What it says means nothing; where its attention goes, and what that costs, is computed as in a trained model.
+It needs no download. What it says means nothing; where its attention goes, and what that costs, is computed as in a
+trained model.
 """
 
 from __future__ import annotations
@@ -22,11 +24,77 @@ from transformers import (
 
 _IMAGE_SIDE, _PATCH = 336, 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-_WORDS = (
-    "USER : ASSISTANT . , ? a the is are it in on of and to what which where how many colour color lying next standing see there image "
-    "cup coffee spoon saucer table wood cat eye eyes nose rocket tower sky man woman helmet suit flag red green blue brown white black "
-    "grey small large left right above below beside behind one two three yes no shiny round"
-).split()
+_WORDS = [
+    "USER",
+    ":",
+    "ASSISTANT",
+    ".",
+    ",",
+    "?",
+    "a",
+    "the",
+    "is",
+    "are",
+    "it",
+    "in",
+    "on",
+    "of",
+    "and",
+    "to",
+    "what",
+    "which",
+    "where",
+    "how",
+    "many",
+    "colour",
+    "color",
+    "lying",
+    "next",
+    "standing",
+    "see",
+    "there",
+    "image",
+    "cup",
+    "coffee",
+    "spoon",
+    "saucer",
+    "table",
+    "wood",
+    "cat",
+    "eye",
+    "eyes",
+    "nose",
+    "rocket",
+    "tower",
+    "sky",
+    "man",
+    "woman",
+    "helmet",
+    "suit",
+    "flag",
+    "red",
+    "green",
+    "blue",
+    "brown",
+    "white",
+    "black",
+    "grey",
+    "small",
+    "large",
+    "left",
+    "right",
+    "above",
+    "below",
+    "beside",
+    "behind",
+    "one",
+    "two",
+    "three",
+    "yes",
+    "no",
+    "shiny",
+    "round",
+]
 
 
 def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -56,7 +124,7 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.vocab["<image>"],
         image_seq_length=(_IMAGE_SIDE // _PATCH) ** 2,
         vision_feature_layer=-2,
     )
@@ -94,7 +162,9 @@ def _processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def _pillow_clip_processor() -> Any:
-    """CLIP's image processor on Pillow, which later versions of transformers keep under a name of its own (the other wants torchvision)."""
+    """CLIP's image processor on Pillow, which later versions of transformers keep under a name of its own (the other
+    wants torchvision).
+    """
     try:
         return importlib.import_module("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
     except ModuleNotFoundError:

@@ -1,4 +1,6 @@
-"""LLaVA-1.5's geometry: boxes painted into a picture must light up exactly the tokens that the processor shows them to."""
+"""LLaVA-1.5's geometry: boxes painted into a picture must light up exactly the tokens that the processor shows them
+to.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def with_preprocessing(processor, name: str):
         image_processor = random_llava._pillow_clip_processor()(size={"shortest_edge": 336}, crop_size=side)
     else:
         try:
-            from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as LlavaProcessorOnPillow
+            from transformers.models.llava.image_processing_pil_llava import (
+                LlavaImageProcessorPil as LlavaProcessorOnPillow,
+            )
         except ModuleNotFoundError:
             LlavaProcessorOnPillow = transformers.LlavaImageProcessor
         image_processor = LlavaProcessorOnPillow(size={"shortest_edge": 336}, crop_size=side, do_pad=True)
@@ -51,7 +55,12 @@ def prompts(count: int) -> list[str]:
     return [f"USER : <image> {words[i % 3]} ASSISTANT :" for i in range(count)]
 
 
-IMAGES = {"astronaut": (130, 20, 280, 200), "coffee": (322, 212, 412, 330), "chelsea": (290, 100, 345, 170), "rocket": (300, 40, 352, 330)}
+IMAGES = {
+    "astronaut": (130, 20, 280, 200),
+    "coffee": (322, 212, 412, 330),
+    "chelsea": (290, 100, 345, 170),
+    "rocket": (300, 40, 352, 330),
+}
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -75,7 +84,9 @@ def test_painted_boxes_land_on_the_predicted_tokens(llava, preprocessing: str, n
     with finegrain_ops.patch(model, processor) as handle:
         sizes = [photograph.shape[:2]]
         mask = handle.region_mask(inputs, [[box]], sizes)[0][inputs["input_ids"][0] == model.config.image_token_id]
-        soft = handle.region_mask(inputs, [[box]], sizes, soft=True)[0][inputs["input_ids"][0] == model.config.image_token_id]
+        soft = handle.region_mask(inputs, [[box]], sizes, soft=True)[0][
+            inputs["input_ids"][0] == model.config.image_token_id
+        ]
     mask, soft = mask.reshape(24, 24), soft.reshape(24, 24)
     assert 8 < int(mask.sum()) < 200
     assert torch.equal(soft > 0, mask)
@@ -130,7 +141,9 @@ def test_key_bias_is_log_weight_times_the_mask(llava) -> None:
         torch.testing.assert_close(handle.key_bias(*arguments, weight=4.5, soft=True), soft * np.float32(np.log(4.5)))
         assert torch.equal(handle.key_bias(*arguments, weight=0.0) == float("-inf"), mask)
         assert torch.equal(handle.key_bias(*arguments), handle.key_bias(*arguments, weight=2.0))
-        assert torch.equal(handle.region_mask(inputs, [IMAGES["coffee"]], [(400, 600)]), mask)  # a box need not be wrapped
+        assert torch.equal(
+            handle.region_mask(inputs, [IMAGES["coffee"]], [(400, 600)]), mask
+        )  # a box need not be wrapped
         as_tensors = handle.region_mask(inputs, torch.tensor([[IMAGES["coffee"]]]), torch.tensor([[400, 600]]))
         assert torch.equal(as_tensors, mask)
 
@@ -160,20 +173,29 @@ def test_attention_mass_moves_by_lambda(llava) -> None:
 def test_a_box_that_is_cropped_away_warns(llava) -> None:
     model, processor = llava
     inputs = processor(images=Image.fromarray(skimage.data.coffee()), text=prompts(1)[0], return_tensors="pt")
-    with finegrain_ops.patch(model, processor) as handle, pytest.warns(UserWarning, match=r"boxes\[0\] lie wholly in what"):
+    with (
+        finegrain_ops.patch(model, processor) as handle,
+        pytest.warns(UserWarning, match=r"boxes\[0\] lie wholly in what"),
+    ):
         assert not handle.region_mask(inputs, [[(0, 0, 90, 400)]], [(400, 600)]).any()
 
 
 BAD = {
-    "box outside": (dict(boxes=[[(700, 0, 800, 50)]]), r"boxes\[0\]\[0\]: expected a box that overlaps the image of 600 x 400"),
-    "box inverted": (dict(boxes=[[(0, 0, 9, 9), (50, 0, 10, 50)]]), r"boxes\[0\]\[1\]: expected finite x0 < x1"),
-    "box of three": (dict(boxes=[[(1, 2, 3)]]), r"boxes\[0\]\[0\]: expected four numbers"),
-    "box is text": (dict(boxes=["[0, 0, 1, 1]"]), r"boxes\[0\]: expected a list"),
-    "too many lists": (dict(boxes=[[], []]), "boxes: expected one list of boxes per image, 1 as in image_sizes, got 2"),
-    "bad size": (dict(image_sizes=[(400, 0)]), r"image_sizes\[0\]: expected \(height, width\)"),
-    "too many images": (dict(boxes=[[], []], image_sizes=[(400, 600)] * 2), "inputs: expected 1152 image tokens for the 2 images"),
-    "negative weight": (dict(weight=-2.0), "weight: expected a finite number >= 0, got -2.0"),
-    "NaN weight": (dict(weight=float("nan")), "weight: expected a finite number >= 0, got nan"),
+    "box outside": (
+        {"boxes": [[(700, 0, 800, 50)]]},
+        r"boxes\[0\]\[0\]: expected a box that overlaps the image of 600 x 400",
+    ),
+    "box inverted": ({"boxes": [[(0, 0, 9, 9), (50, 0, 10, 50)]]}, r"boxes\[0\]\[1\]: expected finite x0 < x1"),
+    "box of three": ({"boxes": [[(1, 2, 3)]]}, r"boxes\[0\]\[0\]: expected four numbers"),
+    "box is text": ({"boxes": ["[0, 0, 1, 1]"]}, r"boxes\[0\]: expected a list"),
+    "too many lists": ({"boxes": [[], []]}, "boxes: expected one list of boxes per image, 1 as in image_sizes, got 2"),
+    "bad size": ({"image_sizes": [(400, 0)]}, r"image_sizes\[0\]: expected \(height, width\)"),
+    "too many images": (
+        {"boxes": [[], []], "image_sizes": [(400, 600)] * 2},
+        "inputs: expected 1152 image tokens for the 2 images",
+    ),
+    "negative weight": ({"weight": -2.0}, "weight: expected a finite number >= 0, got -2.0"),
+    "NaN weight": ({"weight": float("nan")}, "weight: expected a finite number >= 0, got nan"),
 }
 
 

@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
-from tiny_llava import IMAGE_TOKEN, EagerOracle, make_bias, make_inputs, make_model
 
 import finegrain_ops
 from finegrain_ops import UnsupportedInputError, UnsupportedModelError
+from tiny_llava import IMAGE_TOKEN, EagerOracle, make_bias, make_inputs, make_model
 
 STOP = 2  # never generated, but prompt lookup wants an end-of-sequence token
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN, STOP], "eos_token_id": STOP}
@@ -115,7 +115,9 @@ def test_prompt_lookup(model) -> None:
 
 @pytest.mark.parametrize("cut", [20, 22])
 def test_cached_steps_equal_one_pass(model, bias, inputs, cut: int) -> None:
-    """Prefill, then the rest on top of the cache. A bias may end before the keys do (0 from there on), or go beyond them."""
+    """Prefill, then the rest on top of the cache. A bias may end before the keys do (0 from there on), or go beyond
+    them.
+    """
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     image_end = 20
     assert not bias[:, image_end:].any()
@@ -137,7 +139,9 @@ def test_inputs_embeds_and_no_mask(model) -> None:
         torch.testing.assert_close(model(**without_mask, key_bias=bias).logits, expected, atol=5e-5, rtol=0)
 
 
-@pytest.mark.parametrize("use_reentrant", [None, False, True], ids=["plain", "checkpointing", "reentrant checkpointing"])
+@pytest.mark.parametrize(
+    "use_reentrant", [None, False, True], ids=["plain", "checkpointing", "reentrant checkpointing"]
+)
 def test_gradients(inputs, bias, use_reentrant: bool | None) -> None:
     model = make_model().train()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
@@ -154,7 +158,8 @@ def test_gradients(inputs, bias, use_reentrant: bool | None) -> None:
     if use_reentrant is not None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     with finegrain_ops.patch(model):
-        # Reentrant checkpointing gives no gradient to what is not a positional argument of the layer, by its own design.
+        # Reentrant checkpointing gives no gradient to what is not a positional argument of the layer, by its own
+        # design.
         leaf = bias.clone().requires_grad_(use_reentrant is not True)
         actual = gradients(key_bias=leaf)
         unbiased = gradients()
@@ -189,9 +194,8 @@ def test_two_threads_with_different_biases(model, inputs, bias) -> None:
 
 
 def test_typing_errors_are_still_refused(model, inputs, bias) -> None:
-    with finegrain_ops.patch(model):
-        with pytest.raises(ValueError, match="key_bais"):
-            model.generate(**inputs, key_bais=bias, max_new_tokens=1)
+    with finegrain_ops.patch(model), pytest.raises(ValueError, match="key_bais"):
+        model.generate(**inputs, key_bais=bias, max_new_tokens=1)
     with pytest.raises(ValueError, match="key_bias"):  # and key_bias itself, when not patched
         model.generate(**inputs, key_bias=bias, max_new_tokens=1)
 
@@ -276,7 +280,7 @@ def test_remove_out_of_order_is_refused(inputs) -> None:
     handle = finegrain_ops.patch(model)
     ours = model.forward
     model.forward = lambda *args, **kwargs: ours(*args, **kwargs)
-    with pytest.raises(RuntimeError, match="LlavaForConditionalGeneration.forward was replaced after patch"):
+    with pytest.raises(RuntimeError, match=r"LlavaForConditionalGeneration\.forward was replaced after patch"):
         handle.remove()
     assert model(**inputs, key_bias=make_bias(inputs["input_ids"])) is not None  # nothing was changed: still patched
     model.__dict__["forward"] = ours
@@ -292,9 +296,8 @@ def test_only_this_instance(inputs, bias) -> None:
 
 def test_patching_twice_is_refused() -> None:
     model = make_model()
-    with finegrain_ops.patch(model):
-        with pytest.raises(ValueError, match="already patched"):
-            finegrain_ops.patch(model)
+    with finegrain_ops.patch(model), pytest.raises(ValueError, match="already patched"):
+        finegrain_ops.patch(model)
     finegrain_ops.patch(model).remove()
 
 
@@ -339,7 +342,9 @@ def test_a_language_model_without_the_attention_interface(monkeypatch) -> None:
     model = make_model()
     before = state(model)
     monkeypatch.setattr(type(model.model.language_model), "_supports_attention_backend", False)
-    with pytest.raises(UnsupportedModelError, match="has no attention layers that call transformers' AttentionInterface"):
+    with pytest.raises(
+        UnsupportedModelError, match="has no attention layers that call transformers' AttentionInterface"
+    ):
         finegrain_ops.patch(model)
     assert state(model) == before
 
@@ -359,7 +364,9 @@ def test_sliding_windows_are_refused(inputs, bias) -> None:
     from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
     base = make_model().config
-    text = {k: v for k, v in base.text_config.to_dict().items() if k not in ("model_type", "rope_scaling", "architectures")}
+    text = {
+        k: v for k, v in base.text_config.to_dict().items() if k not in ("model_type", "rope_scaling", "architectures")
+    }
     config = LlavaConfig(
         vision_config=base.vision_config,
         text_config=MistralConfig(**{**text, "sliding_window": 8}),
@@ -391,9 +398,9 @@ def test_attention_outputs_are_refused(inputs, bias) -> None:
 
 def test_packed_sequences_are_refused(model, inputs) -> None:
     ids = inputs["input_ids"][:1, -4:]
-    with torch.no_grad(), finegrain_ops.patch(model):
-        with pytest.raises(UnsupportedInputError, match="packed sequences"):
-            model(input_ids=ids, position_ids=torch.tensor([[0, 1, 0, 1]]), key_bias=torch.zeros(1, 4), use_cache=False)
+    packed = torch.tensor([[0, 1, 0, 1]])
+    with finegrain_ops.patch(model), pytest.raises(UnsupportedInputError, match="packed sequences"):
+        model(input_ids=ids, position_ids=packed, key_bias=torch.zeros(1, 4), use_cache=False)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The forward kernel compiled to machine code for GPUs that are not here: tensor cores used, nothing spilled, no bias work without bias."""
+"""The forward kernel compiled to machine code for GPUs that are not here: tensor cores used, nothing spilled, no bias
+work without bias.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's process compiles nothing", allow_module_level=True)
 
 from bench.machine_code import SHARED_MEMORY_LIMIT, compile_forward
-
 from finegrain_ops.kernels.tuning import forward_tile
 
 VARIANTS = {"bias": {}, "gate, padding, negative scale": {"has_gate": True, "scale": -1.0}}

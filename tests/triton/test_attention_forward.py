@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import ALL_CASES, Case, check_forward
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import finegrain_ops
+from attention_cases import ALL_CASES, Case, check_forward
 from finegrain_ops import UnsupportedInputError
 from finegrain_ops.kernels import attention_forward as forward_module
 from finegrain_ops.kernels.tuning import Tile
@@ -64,7 +64,9 @@ def test_the_biased_range_begins_and_ends_anywhere(start: int, length: int, is_c
 
 
 def test_unbiased_blocks_do_not_read_the_bias(monkeypatch) -> None:
-    """The stated range is believed: with it cut short, the bias beyond it is not seen. So blocks outside it do no bias work."""
+    """The stated range is believed: with it cut short, the bias beyond it is not seen. So blocks outside it do no bias
+    work.
+    """
     prepare = forward_module.prepare_key_bias
 
     def shortened(*arguments):
@@ -85,7 +87,9 @@ def test_rows_far_apart_in_memory() -> None:
     """Offsets beyond 2^31 elements: 20 keys, 2^27 elements apart. Pages that are never touched cost a CPU no memory."""
     stride = 2**27
     rows = torch.randn(20, 16, dtype=torch.float16, device=DEVICE)
-    key = torch.empty(19 * stride + 16, dtype=torch.float16, device=DEVICE).as_strided((1, 1, 20, 16), (0, 0, stride, 1))
+    key = torch.empty(19 * stride + 16, dtype=torch.float16, device=DEVICE).as_strided(
+        (1, 1, 20, 16), (0, 0, stride, 1)
+    )
     key.copy_(rows)
     query = torch.randn(1, 1, 3, 16, dtype=torch.float16, device=DEVICE)
     expected = finegrain_ops.reweighted_attention(query, rows[None, None], rows[None, None], backend="triton")

@@ -71,7 +71,7 @@ def _forward(call: AttentionCall, engine: engines.Engine) -> tuple[Tensor, Tenso
             lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
         results.append((output, lse))
 
-    output, lse = results[0] if len(results) == 1 else merge(*results[0], *results[1])
+    output, lse = results[0] if len(results) == 1 else merge(results[0], results[1])
     missing = call.query.shape[2] - output.shape[2]
     if missing:  # bottom-right causal with Nq > Nk: the first rows see no key
         output = torch.nn.functional.pad(output, (0, 0, missing, 0))
@@ -93,7 +93,8 @@ def _kernel_backward(
     The kernel computes dS_ij = P_ij * (dO_i . V_j - dO_i . O_i), with P recomputed from lse. Two things are read off
     or put in through columns that exist for this only (operands.py):
     - the gradient of the bias is sum_i g_i dS_ij, which is what the kernel returns for a key column;
-    - d lse_i / d S_ij = P_ij, so a value column of ones whose dO is grad_lse adds it to the first dot product, and whose
+    - d lse_i / d S_ij = P_ij, so a value column of ones whose dO is grad_lse adds it to the first dot product, and
+    whose
       O is stated as 0 keeps it out of the second.
     """
     operands = make_operands(
@@ -144,9 +145,7 @@ def _narrow(
         return gradient[..., : like.shape[-1]].unflatten(1, (like.shape[1], -1)).sum(dim=2)
 
     grad_query = grad_query[..., : call.query.shape[-1]] * operands.query_factor
-    return AttentionGradients(
-        grad_query, sum_groups(grad_key, call.key), sum_groups(grad_value, call.value), grad_bias
-    )
+    return AttentionGradients(grad_query, sum_groups(grad_key, call.key), sum_groups(grad_value, call.value), grad_bias)
 
 
 def _recomputed_backward(
@@ -157,7 +156,9 @@ def _recomputed_backward(
     bias_needs_grad: bool,
 ) -> AttentionGradients:
     """Runs the forward again under autograd, for devices on which SDPA gives no lse to its caller."""
-    tensors = [call.query, call.key, call.value] + ([call.key_bias] if bias_needs_grad else [])
+    tensors = [call.query, call.key, call.value]
+    if bias_needs_grad and call.key_bias is not None:
+        tensors.append(call.key_bias)
     with torch.enable_grad():
         query, key, value, *bias = leaves = [t.detach().requires_grad_() for t in tensors]
         again = AttentionCall(
@@ -172,6 +173,8 @@ def _recomputed_backward(
             return_lse=grad_lse is not None,
         )
         output, lse = _forward(again, engine)
-        outputs, grads = ([output], [grad_output]) if grad_lse is None else ([output, lse], [grad_output, grad_lse])
+        outputs, grads = [output], [grad_output]
+        if lse is not None and grad_lse is not None:
+            outputs, grads = [output, lse], [grad_output, grad_lse]
         gradients = torch.autograd.grad(outputs, leaves, grads, allow_unused=True, materialize_grads=True)
-    return AttentionGradients(*gradients[:3], gradients[3] if bias_needs_grad else None)
+    return AttentionGradients(gradients[0], gradients[1], gradients[2], gradients[3] if bias else None)

@@ -2,7 +2,8 @@
 
 CPU_FLASH   the CPU kernel behind F.scaled_dot_product_attention, called by its own name because only so it takes a mask
             row together with a causal mask, gives its lse, and runs its backward on pieces of a row.
-ANY_DEVICE  F.scaled_dot_product_attention, which chooses a kernel for the device; lse is computed apart, in chunks of rows,
+ANY_DEVICE  F.scaled_dot_product_attention, which chooses a kernel for the device; lse is computed apart, in chunks of
+rows,
             when it is needed.
 """
 
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Engine:
-    """forward(query, key, value, mask_row, is_causal, scale, need_lse) -> (output, lse or None), all square if causal."""
+    """forward(query, key, value, mask_row, is_causal, scale, need_lse) -> (output, lse or None); square if causal."""
 
     carries_mask_row: bool
     forward: Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float, bool], tuple[Tensor, Tensor | None]]

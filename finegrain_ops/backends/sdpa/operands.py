@@ -32,8 +32,8 @@ def _positive_scale(scale: float) -> tuple[float, float]:
 # What a query column holds. In float16 it is large, since b / scale must stay below the largest float16, 65504.
 _COLUMN_UNIT = {torch.float16: 256.0, torch.bfloat16: 1.0, torch.float32: 1.0, torch.float64: 1.0}
 
-# What stands for infinity in a key column: times scale and unit it must be far below every score, yet finite, since a gate of 0
-# is multiplied with it.
+# What stands for infinity in a key column: times scale and unit it must be far below every score, yet finite, since a
+# gate of 0 is multiplied with it.
 _LARGEST_COLUMN = {torch.float16: 6e4, torch.bfloat16: 1e34, torch.float32: 1e34, torch.float64: 1e34}
 
 # Half precision holds 11 or 8 bits of b; three columns hold at least the 24 of float32.
@@ -70,7 +70,7 @@ class _Column:
 
 
 def make_operands(call: AttentionCall, *, carries_mask_row: bool, gradient_column: bool = False) -> Operands:
-    """`gradient_column`: give key and value a column even where the bias needs none, for the backward to read and use."""
+    """`gradient_column`: give key and value a column even where the bias needs none, for the backward."""
     query_factor, scale = _positive_scale(call.scale)
     query = call.query if query_factor == 1.0 else call.query * query_factor
     group = query.shape[1] // call.key.shape[1]

@@ -1,7 +1,7 @@
 """The bottom-right causal mask as pieces that SDPA knows, and the merge of what they give.
 
-SDPA's own is_causal is aligned top-left. With Nq < Nk the mask is every row on the first Nk - Nq keys, and a square causal
-rest, where both alignments agree:
+SDPA's own is_causal is aligned top-left. With Nq < Nk the mask is every row on the first Nk - Nq keys, and a square
+causal rest, where both alignments agree:
 
     Nq = 3, Nk = 5     x x | x . .
                        x x | x x .
@@ -55,13 +55,11 @@ def empty_rows(call: AttentionCall, piece: Piece) -> Tensor | None:
     if call.key_bias is not None:
         unbiased = call.key_bias[..., piece.keys] != float("-inf")
 
-    if unbiased is None:
-        empty = without_key(unpadded)
-    else:
-        empty = without_key(unbiased if unpadded is None else unbiased & unpadded)
-        if call.row_gate is not None:
-            closed = without_key(torch.ones_like(unbiased) if unpadded is None else unpadded)
-            empty = torch.where(call.row_gate[:, None, piece.rows], empty, closed)
+    visible = [mask for mask in (unbiased, unpadded) if mask is not None]
+    empty = without_key(visible[0] if len(visible) == 1 else visible[0] & visible[1])
+    if unbiased is not None and call.row_gate is not None:
+        closed = without_key(torch.ones_like(unbiased) if unpadded is None else unpadded)
+        empty = torch.where(call.row_gate[:, None, piece.rows], empty, closed)
     if empty.device.type == "cpu" and not empty.any():  # on other devices the question would stop the device
         return None
     return empty
@@ -72,15 +70,18 @@ def _removes_no_key(key_bias: Tensor) -> bool:
     return key_bias.device.type == "cpu" and bool(key_bias.min() != float("-inf"))
 
 
-def merge(first: Tensor, first_lse: Tensor, second: Tensor, second_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two disjoint sets of keys, from attention over each (Nq rows both).
+def merge(first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint sets of keys, from (output, lse) over each (Nq rows both).
 
     out = (exp(lse_1) out_1 + exp(lse_2) out_2) / (exp(lse_1) + exp(lse_2)), with a row that sees no key in either at 0.
     """
+    (first_output, first_lse), (second_output, second_lse) = first, second
+    assert first_lse is not None
+    assert second_lse is not None
     maximum = torch.maximum(first_lse, second_lse).detach()
     empty = maximum == float("-inf")
     maximum = maximum.masked_fill(empty, 0.0)
     first_weight, second_weight = torch.exp(first_lse - maximum), torch.exp(second_lse - maximum)
     total = (first_weight + second_weight).masked_fill(empty, 1.0)
-    output = first * (first_weight / total)[..., None] + second * (second_weight / total)[..., None]
-    return output.to(first.dtype), (maximum + total.log()).masked_fill(empty, float("-inf"))
+    output = first_output * (first_weight / total)[..., None] + second_output * (second_weight / total)[..., None]
+    return output.to(first_output.dtype), (maximum + total.log()).masked_fill(empty, float("-inf"))

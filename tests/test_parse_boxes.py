@@ -1,4 +1,4 @@
-"""Boxes in text, and their expansion. Sizes are (height, width), boxes (x0, y0, x1, y1)."""
+"""`parse_boxes`: every look of a box, every convention, any text; and that the module stands alone."""
 
 from __future__ import annotations
 
@@ -7,142 +7,29 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from box_strategies import (
+    CONVENTIONS,
+    IMAGE,
+    SHAPES,
+    WHOLE,
+    any_size,
+    assert_near,
+    assert_valid,
+    conventions,
+    inside_boxes,
+    shapes,
+    sizes,
+    tolerances,
+    written,
+)
 from finegrain_ops import boxes
 from finegrain_ops.boxes import Box, expand_box, parse_boxes
-
-IMAGE = (480, 640)
-CONVENTIONS = ("unit", "unit_padded", "permille", "pixel")
-
-# Every shape of text that counts as a box, from its four numbers as decimals: x0, y0, x1, y1.
-SHAPES: dict[str, Callable[[Decimal, Decimal, Decimal, Decimal], str]] = {
-    "list": lambda a, b, c, d: f"[{a}, {b}, {c}, {d}]",
-    "list without spaces": lambda a, b, c, d: f"[{a},{b},{c},{d}]",
-    "list over lines": lambda a, b, c, d: f"[\n  {a},\n  {b},\n  {c},\n  {d}\n]",
-    "list with a trailing comma": lambda a, b, c, d: f"[{a}, {b}, {c}, {d},]",
-    "list of strings": lambda a, b, c, d: f'["{a}", "{b}", "{c}", "{d}"]',
-    "list in a list": lambda a, b, c, d: f"[[{a}, {b}, {c}, {d}]]",
-    "list closed by the wrong bracket": lambda a, b, c, d: f"[{a}, {b}, {c}, {d})",
-    "list cut off": lambda a, b, c, d: f"[{a}, {b}, {c}, {d}",
-    "tuple": lambda a, b, c, d: f"({a}, {b}, {c}, {d})",
-    "two points": lambda a, b, c, d: f"({a},{b}),({c},{d})",
-    "two lists": lambda a, b, c, d: f"[[{a}, {b}], [{c}, {d}]]",
-    "points with keys": lambda a, b, c, d: f'[{{"x": {a}, "y": {b}}}, {{"x": {c}, "y": {d}}}]',
-    "bbox": lambda a, b, c, d: f'{{"bbox": [{a}, {b}, {c}, {d}], "score": 0.9}}',
-    "bbox, single quotes": lambda a, b, c, d: f"{{'label': 'a dog', 'bbox': [{a}, {b}, {c}, {d}],}}",
-    "bbox as a string": lambda a, b, c, d: f'{{"bbox": "{a}, {b}, {c}, {d}"}}',
-    "bbox_2d in a fence": lambda a, b, c, d: (
-        f'```json\n[\n\t{{"bbox_2d": [{a}, {b}, {c}, {d}], "label": "dog"}}\n]\n```'
-    ),
-    "bbox_2d cut off": lambda a, b, c, d: f'[{{"bbox_2d": [{a}, {b}, {c}, {d}], "label": "the do',
-    "x1": lambda a, b, c, d: f'{{"x1": {a}, "y1": {b}, "x2": {c}, "y2": {d}}}',
-    "x1, escaped quotes": lambda a, b, c, d: rf"{{\"x1\": {a}, \"y1\": {b}, \"x2\": {c}, \"y2\": {d}}}",
-    "x1, numbers as strings": lambda a, b, c, d: f'{{"x1": "{a}", "y1": "{b}", "x2": "{c}", "y2": "{d}"}}',
-    "x1, another order": lambda a, b, c, d: f'{{"y2": {d}, "y1": {b}, "x2": {c}, "x1": {a}, "label": "dog"}}',
-    "x1, the image's size too": lambda a, b, c, d: (
-        f'{{"x": 0, "y": 0, "width": 1, "height": 1, "x1": {a}, "y1": {b}, "x2": {c}, "y2": {d}}}'
-    ),
-    "x1, without brackets": lambda a, b, c, d: f"x1 = {a}, y1 = {b}, x2 = {c}, y2 = {d}",
-    "x1, cut off at the front": lambda a, b, c, d: f'"x1": {a}, "y1": {b}, "x2": {c}, "y2": {d}}}]',
-    "x0": lambda a, b, c, d: f'{{"x0": {a}, "y0": {b}, "x1": {c}, "y1": {d}}}',
-    "xmin": lambda a, b, c, d: f'{{"xmin": {a}, "ymin": {b}, "xmax": {c}, "ymax": {d}}}',
-    "x_min": lambda a, b, c, d: f"{{'x_min': {a}, 'x_max': {c}, 'y_min': {b}, 'y_max': {d}}}",
-    "X-Min": lambda a, b, c, d: f'{{"X-Min": {a}, "Y-Min": {b}, "X-Max": {c}, "Y-Max": {d}}}',
-    "min_x": lambda a, b, c, d: f'{{"min_x": {a}, "min_y": {b}, "max_x": {c}, "max_y": {d}}}',
-    "left": lambda a, b, c, d: f'{{"left": {a}, "top": {b}, "right": {c}, "bottom": {d}}}',
-    "top_left lists": lambda a, b, c, d: f'{{"top_left": [{a}, {b}], "bottom_right": [{c}, {d}]}}',
-    "top_left mappings": lambda a, b, c, d: (
-        f'{{"top_left": {{"x": {a}, "y": {b}}}, "bottom_right": {{"x": {c}, "y": {d}}}}}'
-    ),
-    "top_left_x": lambda a, b, c, d: (
-        f'{{"top_left_x": {a}, "top_left_y": {b}, "bottom_right_x": {c}, "bottom_right_y": {d}}}'
-    ),
-    "bounding_box": lambda a, b, c, d: (
-        f'{{"bounding_box": {{"x1": {a}, "y1": {b}, "x2": {c}, "y2": {d}}}, "label": "dog"}}'
-    ),
-    "width": lambda a, b, c, d: f'{{"x": {a}, "y": {b}, "width": {c - a}, "height": {d - b}}}',
-    "w": lambda a, b, c, d: f"{{'x': {a}, 'y': {b}, 'w': {c - a}, 'h': {d - b}}}",
-    "left and width": lambda a, b, c, d: f'{{"left": {a}, "top": {b}, "width": {c - a}, "height": {d - b}}}',
-    "xmin and width": lambda a, b, c, d: f'{{"xmin": {a}, "ymin": {b}, "width": {c - a}, "height": {d - b}}}',
-    "bare": lambda a, b, c, d: f"{a}, {b}, {c}, {d}",
-    "bare, cut off at the front": lambda a, b, c, d: f'{a}, {b}, {c}, {d}], "label": "dog"}}]',
-    "bare, after a key": lambda a, b, c, d: f"Bounding box: {a}, {b}, {c}, {d}.",
-    "bare, in parentheses": lambda a, b, c, d: f"(the box is {a}, {b}, {c}, {d})",
-    "corners in the wrong order": lambda a, b, c, d: f"[{c}, {b}, {a}, {d}]",
-    "signs and exponents": lambda a, b, c, d: f"[{a:+e}, {b:e}, {c:E}, {d:+E}]",
-}
-
-sides = st.integers(16, 4000)
-sizes = st.tuples(sides, sides)
-any_size = st.tuples(st.integers(1, 9000), st.integers(1, 9000))
-conventions = st.sampled_from(CONVENTIONS)
-shapes = st.sampled_from(sorted(SHAPES))
-
-
-@st.composite
-def inside_boxes(draw: Any, size: tuple[int, int]) -> Box:
-    """Boxes inside the image that take at least a twentieth of each side."""
-    corners = []
-    for limit in (size[1], size[0]):
-        low = draw(st.floats(0, 0.9)) * limit
-        corners.append((low, min(low + draw(st.floats(0.05, 1.0)) * limit, float(limit))))
-    (x0, x1), (y0, y1) = corners
-    return x0, y0, x1, y1
-
-
-def written(box: Box, convention: str, size: tuple[int, int], seen: tuple[int, int], decimals: int) -> list[Decimal]:
-    """The numbers that a model would write for the box; exact arithmetic, then one rounding."""
-    height, width = size
-    side = max(size)
-    if convention == "unit_padded":
-        shift_x, shift_y = (side - width) // 2, (side - height) // 2
-        scale_x = scale_y = Fraction(1, side)
-    else:
-        shift_x = shift_y = 0
-        seen_height, seen_width = {"unit": (1, 1), "permille": (1000, 1000), "pixel": seen}[convention]
-        scale_x, scale_y = Fraction(seen_width, width), Fraction(seen_height, height)
-    values = []
-    for edge, shift, scale in zip(box, (shift_x, shift_y) * 2, (scale_x, scale_y) * 2, strict=True):
-        numerator = round((Fraction(edge) + shift) * scale * 10**decimals)
-        values.append(Decimal(numerator).scaleb(-decimals))
-    return values
-
-
-def tolerances(convention: str, size: tuple[int, int], seen: tuple[int, int], decimals: int) -> Box:
-    """Half of the last decimal, in pixels, and what float arithmetic may add."""
-    height, width = size
-    if convention == "unit_padded":
-        height = width = max(size)
-    spans = {"unit": (1, 1), "permille": (1000, 1000), "pixel": seen, "unit_padded": (1, 1)}[convention]
-    per_y, per_x = height / spans[0], width / spans[1]
-    half = 0.5 * 10.0**-decimals
-    slack = 1e-9 * max(size)
-    return per_x * half + slack, per_y * half + slack, per_x * half + slack, per_y * half + slack
-
-
-def assert_near(got: Box, expected: Box, within: Box) -> None:
-    assert all(abs(g - e) <= w for g, e, w in zip(got, expected, within, strict=True)), (got, expected, within)
-
-
-def assert_valid(found: list[Box], size: tuple[int, int]) -> None:
-    height, width = size
-    assert isinstance(found, list)
-    for box in found:
-        assert isinstance(box, tuple)
-        assert len(box) == 4
-        assert all(type(edge) is float and math.isfinite(edge) for edge in box)
-        x0, y0, x1, y1 = box
-        assert 0 <= x0 < x1 <= width
-        assert 0 <= y0 < y1 <= height
-        assert (x1 - x0) * (y1 - y0) > 0
-
 
 # ---------------------------------------------------------------------------------------------- parse_boxes: round trip
 
@@ -209,7 +96,6 @@ def test_boxes_come_in_order_of_appearance_and_repeated(data: st.DataObject | No
 # ------------------------------------------------------------------------------------------ parse_boxes: concrete texts
 
 
-WHOLE = (0.0, 0.0, 640.0, 480.0)
 SOME = (64.0, 96.0, 320.0, 384.0)  # 0.1, 0.2, 0.5, 0.8 of a 480 x 640 image; 100, 200, 500, 800 permille
 
 
@@ -458,165 +344,6 @@ def test_unknown_convention_lists_the_known_ones(convention: Any) -> None:
 def test_pixel_needs_the_processed_size(text: str) -> None:
     with pytest.raises(ValueError, match=r"processed_size must be .* got None\. Pass"):
         parse_boxes(text, image_size=IMAGE, convention="pixel")
-
-
-# ----------------------------------------------------------------------------------------------------------- expand_box
-
-
-@pytest.mark.parametrize(
-    ("box", "factor", "square", "expected"),
-    [
-        ((100, 100, 200, 150), 1.0, False, (100.0, 100.0, 200.0, 150.0)),
-        ((100, 100, 200, 150), 2, False, (50.0, 75.0, 250.0, 175.0)),
-        ((100, 100, 200, 150), 0.5, False, (125.0, 112.5, 175.0, 137.5)),
-        ((100, 100, 200, 150), 2, True, (50.0, 25.0, 250.0, 225.0)),
-        ((100, 100, 150, 200), 1, True, (75.0, 100.0, 175.0, 200.0)),
-        # Moved, not clamped: the size stays what it would have been.
-        ((0, 100, 100, 150), 2, False, (0.0, 75.0, 200.0, 175.0)),
-        ((540, 100, 640, 150), 2, False, (440.0, 75.0, 640.0, 175.0)),
-        ((100, 0, 200, 50), 2, False, (50.0, 0.0, 250.0, 100.0)),
-        ((100, 430, 200, 480), 2, False, (50.0, 380.0, 250.0, 480.0)),
-        ((0, 0, 100, 50), 1, True, (0.0, 0.0, 100.0, 100.0)),
-        # Larger than the image along one axis, or both.
-        ((100, 100, 500, 200), 2, False, (0.0, 50.0, 640.0, 250.0)),
-        ((10, 10, 630, 470), 1.3, False, WHOLE),
-        ((100, 100, 200, 150), 1e300, False, WHOLE),
-        ((-1e308, -1e308, 1e308, 1e308), 1, False, WHOLE),
-        # Sticking out of the image in part.
-        ((-50, 100, 50, 200), 1, False, (0.0, 100.0, 100.0, 200.0)),
-        ((600, 100, 700, 200), 1, False, (540.0, 100.0, 640.0, 200.0)),
-        ((-100, 100, 10, 200), 0.5, False, (0.0, 125.0, 55.0, 175.0)),
-    ],
-)
-def test_expand_box_on_concrete_boxes(box: Box, factor: float, square: bool, expected: Box) -> None:
-    found = expand_box(box, factor, IMAGE, square=square)
-    assert found == expected
-    assert all(type(edge) is float for edge in found)
-
-
-factors = st.floats(1e-6, 1e6) | st.floats(0.3, 4.0)
-any_factor = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
-edges = st.floats(-1e4, 1e4) | st.floats(allow_infinity=False, allow_nan=False)
-
-
-@given(st.tuples(edges, edges, edges, edges), any_factor, any_size, st.booleans())
-@settings(max_examples=150, deadline=None)
-@example((0.1, 0.1, 10.0, 10.0), 5e-324, (20, 20), False)
-@example((0.1, 0.1, 0.3, 0.7), 1e-300, (20, 20), True)
-@example((1e-20, 0.0, 20.0, 20.0), 1.0, (20, 20), False)
-def test_expanded_box_is_always_inside(corners: Box, factor: float, size: tuple[int, int], square: bool) -> None:
-    height, width = size
-    (x0, x1), (y0, y1) = sorted(corners[::2]), sorted(corners[1::2])
-    assume(x0 < x1 and y0 < y1 and x0 < width and x1 > 0 and y0 < height and y1 > 0)
-    left, top, right, bottom = expand_box((x0, y0, x1, y1), factor, size, square=square)
-    assert 0 <= left <= right <= width
-    assert 0 <= top <= bottom <= height
-
-
-@given(st.data(), sizes)
-@settings(max_examples=80, deadline=None)
-@example(None, (20, 20))
-def test_factor_one_returns_an_inside_box_to_the_bit(data: st.DataObject | None, size: tuple[int, int]) -> None:
-    box = (1e-20, 0.1, 20.0, 0.30000000000000004) if data is None else data.draw(inside_boxes(size))
-    assert expand_box(box, 1.0, size) == box
-    assert expand_box(list(box), 1, list(size)) == box
-
-
-@given(st.data(), sizes, factors, st.booleans())
-@settings(max_examples=120, deadline=None)
-def test_expand_box_size_centre_and_least_move(
-    data: st.DataObject, size: tuple[int, int], factor: float, square: bool
-) -> None:
-    box = data.draw(inside_boxes(size))
-    found = expand_box(box, factor, size, square=square)
-    spans = (box[2] - box[0], box[3] - box[1])
-    for axis, limit in enumerate((size[1], size[0])):
-        side = (max(spans) if square else spans[axis]) * factor
-        low, high = found[axis], found[axis + 2]
-        if side >= limit:
-            assert low <= 1e-9 * limit
-            assert high >= limit * (1 - 1e-9)
-            continue
-        assert high - low == pytest.approx(side, abs=1e-9 * limit)
-        centre = (box[axis] + box[axis + 2]) / 2
-        if centre - side / 2 > 0 and centre + side / 2 < limit:
-            assert (low + high) / 2 == pytest.approx(centre, abs=1e-9 * limit)
-        else:  # moved no farther than to the border that it left
-            border = 0 if centre < limit / 2 else limit
-            assert min(abs(low - border), abs(high - border)) <= 1e-9 * limit
-
-
-@given(st.data(), sizes, factors)
-@settings(max_examples=80, deadline=None)
-def test_square_is_a_square_where_it_fits(data: st.DataObject, size: tuple[int, int], factor: float) -> None:
-    box = data.draw(inside_boxes(size))
-    side = max(box[2] - box[0], box[3] - box[1]) * factor
-    assume(side < min(size))
-    x0, y0, x1, y1 = expand_box(box, factor, size, square=True)
-    assert x1 - x0 == pytest.approx(y1 - y0, abs=1e-9 * max(size))
-    assert x1 - x0 == pytest.approx(side, abs=1e-9 * max(size))
-
-
-@given(st.data(), sizes, factors, factors, st.booleans())
-@settings(max_examples=80, deadline=None)
-def test_a_larger_factor_gives_a_box_around_the_smaller_one(
-    data: st.DataObject, size: tuple[int, int], one: float, other: float, square: bool
-) -> None:
-    box = data.draw(inside_boxes(size))
-    small, large = (expand_box(box, factor, size, square=square) for factor in sorted((one, other)))
-    slack = 1e-9 * max(size)
-    assert large[0] <= small[0] + slack
-    assert large[1] <= small[1] + slack
-    assert large[2] >= small[2] - slack
-    assert large[3] >= small[3] - slack
-
-
-BAD_FACTORS = [0, -1.3, math.nan, math.inf, None, "1.3", 10**400, [1, 2]]
-
-
-@pytest.mark.parametrize("factor", BAD_FACTORS, ids=lambda factor: repr(factor)[:20])
-def test_factor_must_be_positive_and_finite(factor: Any) -> None:
-    with pytest.raises(ValueError, match=r"factor must be a positive finite number; got .*\. Pass") as caught:
-        expand_box((0, 0, 1, 1), factor, IMAGE)
-    assert repr(factor) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "box",
-    [
-        None,
-        1.0,
-        "1234",
-        ("0", "0", "1", "1"),
-        (),
-        (0, 0, 1),
-        (0, 0, 1, 1, 1),
-        ((0, 0), (1, 1)),
-        (0, 0, math.nan, 1),
-        (0, 0, math.inf, 1),
-        (-math.inf, 0, 1, 1),
-        (0, 0, 10**400, 1),
-        (2, 0, 1, 1),
-        (0, 2, 1, 1),
-        (1, 0, 1, 1),
-        (0, 1, 1, 1),
-    ],
-    ids=lambda box: repr(box)[:20],
-)
-def test_box_must_be_four_ordered_numbers(box: Any) -> None:
-    with pytest.raises(ValueError, match=r"box must be four finite numbers .* with x0 < x1 and y0 < y1") as caught:
-        expand_box(box, 1.0, IMAGE)
-    assert f"got {box!r}. Pass" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "box",
-    [(-10, 0, 0, 10), (0, -10, 10, 0), (640, 0, 650, 10), (0, 480, 10, 490), (500, 500, 600, 600)],
-)
-def test_box_must_overlap_the_image(box: Any) -> None:
-    with pytest.raises(ValueError, match="box must overlap the image, x from 0 to 640 and y from 0 to 480") as caught:
-        expand_box(box, 1.0, IMAGE)
-    assert f"got {box!r}. Pass" in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------- the module
