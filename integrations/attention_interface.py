@@ -17,7 +17,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..attention import reweighted_attention
-from ..errors import UnsupportedInputError
+from ..errors import UnsupportedInputError, UnsupportedModelError
 
 NAME = "finegrain_ops"
 
@@ -39,7 +39,12 @@ def interface_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def original_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """The function that `module` would call if it were not patched."""
-    implementation = module.config.finegrain_original._attn_implementation
+    original = getattr(module.config, "finegrain_original", None)
+    if original is None:
+        raise UnsupportedModelError(
+            f'attn_implementation="{NAME}" cannot be set by hand; call finegrain_ops.patch(model, processor) instead'
+        )
+    implementation = original._attn_implementation
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return eager if implementation in (None, "eager") else ALL_ATTENTION_FUNCTIONS[implementation]
 
@@ -59,18 +64,17 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, H, Q, D), key and value (B, Hkv, K, D) with the cache in them -> (B, Q, H, D), None.
 
-    key_bias is what `patching.biased_forward` made for this forward pass: (B, K') float32 over all keys so far,
+    key_bias is what `patching._bias_over_all_keys` made for this forward pass: (B, K') float32 over all keys so far,
     padding and unfilled slots of the cache at -inf. A static cache has K > K' slots, of which the first K' are
     filled.
     """
+    original = original_attention(module)
     if key_bias is None:
         if attention_reader is not None:
             attention_reader(module, query, key, None, scaling)
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
-        return original_attention(module)(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     refuse_what_the_operator_cannot(dropout, kwargs)
     key_bias = key_bias.to(query.device)
@@ -106,4 +110,6 @@ def refuse_what_the_operator_cannot(dropout: float, kwargs: dict[str, Any]) -> N
         )
 
 
+# Layers look their function up by name. No mask function is registered: only layers hold the name, and masks are made
+# from the model's own configuration.
 AttentionInterface.register(NAME, attention)

@@ -79,9 +79,12 @@ def run(options: argparse.Namespace) -> int:
         box = clip_box(options.box or DEFAULT_BOX, (image.height, image.width), "--box")
     except ValueError as error:
         options.parser.error(str(error))
-    if not options.weight >= 0:
+    if not 0 <= options.weight < float("inf"):
         options.parser.error(f"--weight: expected a number >= 0, got {options.weight}")
-    model, processor = _load(options)
+    try:
+        model, processor = _load(options)
+    except (OSError, ValueError) as error:
+        options.parser.error(f"--model: expected a folder or hub name of a LLaVA checkpoint, {error}")
     _show(options, image, box, model, processor)
     return 0
 

@@ -147,6 +147,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 

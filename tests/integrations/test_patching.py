@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+import transformers
 
 import finegrain_ops
 from finegrain_ops import UnsupportedInputError, UnsupportedModelError
@@ -347,6 +348,30 @@ def test_a_language_model_without_the_attention_interface(monkeypatch) -> None:
     ):
         finegrain_ops.patch(model)
     assert state(model) == before
+
+
+def test_setting_the_name_by_hand_is_refused(inputs) -> None:
+    """Without patch nothing would make the mask; so it is an error, not a wrong answer."""
+    with finegrain_ops.patch(make_model()):
+        pass  # the name is registered from here on
+    model = make_model()
+    model.set_attn_implementation({"text_config": "finegrain_ops"})
+    with torch.no_grad(), pytest.raises(UnsupportedModelError, match=r"call finegrain_ops\.patch"):
+        model(**inputs)
+
+
+def test_compiled_forward(inputs, bias) -> None:
+    """torch.compile traces the patched model, without a graph break where transformers' own LLaVA has none."""
+    model = make_model()
+    arguments = {**inputs, "use_cache": False}
+    with torch.no_grad(), finegrain_ops.patch(model):
+        expected = [model(**arguments, key_bias=b).logits for b in (bias, None)]
+        torch._dynamo.reset()
+        compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=transformers.__version__ >= "5")
+        actual = [compiled(**arguments, key_bias=b).logits for b in (bias, None)]
+    real = inputs["attention_mask"].bool()
+    for a, e in zip(actual, expected):
+        torch.testing.assert_close(a[real], e[real], atol=1e-5, rtol=1e-5)
 
 
 def test_dropout_while_training_is_refused(inputs, bias) -> None:
