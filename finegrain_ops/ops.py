@@ -16,18 +16,24 @@ from .backends.interface import AttentionCall, new_output
 
 _LIBRARY = torch.library.Library("finegrain_ops", "DEF")
 
+# Outputs lie in memory as query does, so a compiler must hand the inputs over with the strides that it traced.
+_TAGS = (
+    torch.Tag.pt2_compliant_tag,
+    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),  # exact: torch 2.8 and later
+)
+
 _LIBRARY.define(
     "reweighted_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_padding_mask, "
     "Tensor? row_gate, bool is_causal, float scale, bool return_lse, bool needs_grad, str backend) "
     "-> (Tensor output, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 _LIBRARY.define(
     "reweighted_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     "Tensor? key_bias, Tensor? key_padding_mask, Tensor? row_gate, Tensor output, Tensor lse, bool is_causal, "
     "float scale, bool bias_needs_grad, str backend) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    tags=_TAGS,
 )
 
 reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_LARGEST = sys.float_info.max
+
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,7 +60,7 @@ def require_number(value: object, name: str, *, minimum: float = -math.inf, what
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected {what}, got {describe(value)}")
     number = float(value)
-    if not max(minimum, -sys.float_info.max) <= number <= sys.float_info.max:  # NaN fails; torch.compile can trace it
+    if not max(minimum, -_LARGEST) <= number <= _LARGEST:  # NaN fails; torch.compile can trace it
         raise ValueError(f"{name}: expected {what}, got {number}")
     return number
 

@@ -22,6 +22,7 @@ class Tile:
 
 # (compute capability from, element bytes, padded head dim up to): Tile                               source
 _FORWARD = {
+    (80, 2, 32): Tile(128, 64, num_warps=4, num_stages=3),  # estimate
     (80, 2, 64): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
     (80, 2, 128): Tile(128, 32, num_warps=8, num_stages=3),  # estimate; 128 x 64 spills with a gate or odd dimensions
     (80, 2, 256): Tile(64, 32, num_warps=8, num_stages=2),  # estimate; fits the 99 KiB of sm_86 and sm_89
@@ -31,6 +32,7 @@ _FORWARD = {
     (90, 2, 64): Tile(128, 128, num_warps=8, num_stages=3),  # estimate
     (90, 2, 128): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
     (90, 2, 256): Tile(64, 32, num_warps=8, num_stages=2),  # estimate
+    (120, 2, 32): Tile(128, 64, num_warps=4, num_stages=3),  # estimate; as 80
     (120, 2, 64): Tile(128, 64, num_warps=8, num_stages=3),  # estimate; as 80: shared memory is 99 KiB again
     (120, 2, 128): Tile(128, 32, num_warps=8, num_stages=3),  # estimate; as 80
     (120, 2, 256): Tile(64, 32, num_warps=8, num_stages=2),  # estimate; as 80

@@ -1,4 +1,4 @@
-"""`python -m finegrain_ops demo` as a user runs it: the table, the picture, a checkpoint of one's own, and wrong arguments."""
+"""`python -m finegrain_ops demo` as a user runs it: table, picture, a checkpoint of one's own, wrong arguments."""
 
 from __future__ import annotations
 

@@ -230,3 +230,18 @@ def test_pixel_map_gives_the_processed_size(llava, preprocessing: str, size: tup
     processor = with_preprocessing(llava[1], preprocessing)
     pixels = processor.image_processor(Image.new("RGB", size[::-1]), return_tensors="pt")["pixel_values"]
     assert pixel_map(processor.image_processor, size).size == tuple(pixels.shape[-2:])
+
+
+@pytest.mark.parametrize(("height", "width"), [(336, 337), (336, 505), (505, 336), (336, 672)])
+def test_an_odd_remainder_of_the_centre_crop(llava, height: int, width: int) -> None:
+    """An image that needs no resizing, whose pixels say where they are: which one is the first of the crop?"""
+    places = np.indices((height, width)).transpose(1, 2, 0)  # (row, column)
+    image = np.concatenate([places % 256, places[..., :1] // 256 * 16 + places[..., 1:] // 256], axis=-1)
+    image_processor = llava[1].image_processor
+    arguments = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+    row, column, high = image_processor(Image.fromarray(image.astype(np.uint8)), **arguments)["pixel_values"][
+        0, :, 0, 0
+    ].int()
+    pixels = pixel_map(image_processor, (height, width))
+    assert int(row) + 256 * (int(high) // 16) == -pixels.y.shift
+    assert int(column) + 256 * (int(high) % 16) == -pixels.x.shift
