@@ -45,11 +45,12 @@ def _new_lse(query: Tensor, return_lse: bool) -> Tensor:
     return query.new_empty(query.shape[:3] if return_lse else (0,), dtype=dtype)
 
 
-def _with_layout_of(result: Tensor, layout: Tensor) -> Tensor:
-    """`result` itself if it lies in memory as `layout` says, otherwise a copy that does."""
-    if result.stride() == layout.stride() and result.dtype == layout.dtype and result.storage_offset() == 0:
+def _laid_out_as(result: Tensor, like: Tensor) -> Tensor:
+    """`result` itself if it lies in memory as `new_output(like, ...)` does, otherwise a copy that does."""
+    rows_outer = result if like.is_contiguous() else result.transpose(1, 2)
+    if rows_outer.is_contiguous() and result.dtype == like.dtype:
         return result
-    return layout.copy_(result)
+    return new_output(like, result.shape[2], result.shape[3]).copy_(result)
 
 
 @torch.library.register_fake("finegrain_ops::reweighted_attention", lib=_LIBRARY)
@@ -84,13 +85,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale, return_lse)
     chosen = backends.load(backends.select(backend, call.features(needs_grad)))
-    output_layout, lse_layout = new_output(query, query.shape[2], value.shape[3]), _new_lse(query, return_lse)
-    if output_layout.numel() == 0 or key.shape[2] == 0:
-        return output_layout.zero_(), lse_layout.fill_(float("-inf"))
+    if query.numel() == 0 or value.numel() == 0:
+        output = new_output(query, query.shape[2], value.shape[3]).zero_()
+        return output, _new_lse(query, return_lse).fill_(float("-inf"))
     output, lse = chosen.forward(call)
-    if return_lse and lse is not None:  # a backend may return an lse that nobody wants
-        lse_layout = _with_layout_of(lse, lse_layout)
-    return _with_layout_of(output, output_layout), lse_layout
+    # A backend may return an lse that nobody wants.
+    lse = _new_lse(query, False) if lse is None or not return_lse else lse.contiguous()
+    return _laid_out_as(output, query), lse
 
 
 @torch.library.register_fake("finegrain_ops::reweighted_attention_backward", lib=_LIBRARY)
@@ -133,15 +134,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale)
     chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
-    layouts = [new_output(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
-    bias_layout = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
+    no_bias = lse.new_empty((0,))
     if output.numel() == 0 or key.shape[2] == 0:
-        return layouts[0].zero_(), layouts[1].zero_(), layouts[2].zero_(), bias_layout.zero_()
+        zeros = [new_output(t, t.shape[2], t.shape[3]).zero_() for t in (query, key, value)]
+        bias_zeros = lse.new_zeros(key_bias.shape) if bias_needs_grad and key_bias is not None else no_bias
+        return zeros[0], zeros[1], zeros[2], bias_zeros
     gradients = chosen.backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
-    if gradients.key_bias is not None:
-        bias_layout = _with_layout_of(gradients.key_bias, bias_layout)
-    grad_query, grad_key, grad_value = (_with_layout_of(g, layout) for g, layout in zip(gradients[:3], layouts))
-    return grad_query, grad_key, grad_value, bias_layout
+    return (
+        _laid_out_as(gradients.query, query),
+        _laid_out_as(gradients.key, key),
+        _laid_out_as(gradients.value, value),
+        no_bias if gradients.key_bias is None else gradients.key_bias.to(lse.dtype).contiguous(),
+    )
 
 
 _LIBRARY.impl("reweighted_attention", _forward, "CompositeExplicitAutograd")

@@ -21,6 +21,7 @@ _PREFERENCE = {"cuda": BACKENDS}
 _PREFERENCE_ELSEWHERE = ("sdpa", "reference")
 
 
+@functools.cache
 def load(name: str) -> Backend:
     return cast(Backend, importlib.import_module(f"{__name__}.{name}"))
 

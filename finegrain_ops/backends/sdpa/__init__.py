@@ -54,19 +54,23 @@ def backward(
 def _forward(call: AttentionCall, engine: engines.Engine) -> tuple[Tensor, Tensor | None]:
     operands = make_operands(call, carries_mask_row=engine.carries_mask_row)
     pieces = split(call.query.shape[2], call.key.shape[2], call.is_causal)
+    needs_lse = call.return_lse or len(pieces) > 1
+    # A kernel that sees -inf in its mask row gives 0 for a row without keys; but not the lse, and not with columns.
+    kernel_zeroes_empty_rows = engine.carries_mask_row and call.row_gate is None and not needs_lse
     results = []
     for piece in pieces:
         output, lse = engine.forward(
-            operands.query[:, :, piece.rows],
-            operands.key[:, :, piece.keys],
-            operands.value[:, :, piece.keys],
+            piece.rows_of(operands.query),
+            piece.keys_of(operands.key),
+            piece.keys_of(operands.value),
             operands.mask_row_of(piece.keys),
             piece.is_causal,
             operands.scale,
-            call.return_lse or len(pieces) > 1,
+            needs_lse,
         )
-        output = output[..., : call.value.shape[-1]]
-        if (empty := empty_rows(call, piece)) is not None:
+        if output.shape[-1] > call.value.shape[-1]:
+            output = output[..., : call.value.shape[-1]]
+        if not kernel_zeroes_empty_rows and (empty := empty_rows(call, piece)) is not None:
             output = output.masked_fill(empty[..., None], 0.0)
             lse = None if lse is None else lse.masked_fill(empty, float("-inf"))
         results.append((output, lse))
@@ -110,12 +114,12 @@ def _kernel_backward(
     assert engine.backward is not None
     for piece in split(call.query.shape[2], call.key.shape[2], call.is_causal):
         d_query, d_key, d_value = engine.backward(
-            grad_output[:, :, piece.rows],
-            operands.query[:, :, piece.rows],
-            operands.key[:, :, piece.keys],
-            operands.value[:, :, piece.keys],
-            output[:, :, piece.rows],
-            lse[:, :, piece.rows],
+            piece.rows_of(grad_output),
+            piece.rows_of(operands.query),
+            piece.keys_of(operands.key),
+            piece.keys_of(operands.value),
+            piece.rows_of(output),
+            piece.rows_of(lse),
             operands.mask_row_of(piece.keys),
             piece.is_causal,
             operands.scale,

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ..interface import AttentionCall
 
+EVERYTHING = slice(None)
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -26,16 +28,24 @@ class Piece:
     keys: slice
     is_causal: bool
 
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """tensor (B, H, Nq, ...); not even sliced where the piece has all of it, which saves small calls some time."""
+        return tensor if self.rows == EVERYTHING else tensor[:, :, self.rows]
+
+    def keys_of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.keys == EVERYTHING else tensor[:, :, self.keys]
+
 
 def split(num_queries: int, num_keys: int, is_causal: bool) -> list[Piece]:
     """At most two pieces whose union is the bottom-right causal mask. Rows in none of them see no key."""
     offset = num_keys - num_queries
-    everything = slice(None)
     if not is_causal or num_queries == 1:
-        return [Piece(everything, everything, False)]
-    if offset <= 0:
-        return [Piece(slice(-offset, None), everything, True)]
-    return [Piece(everything, slice(None, offset), False), Piece(everything, slice(offset, None), True)]
+        return [Piece(EVERYTHING, EVERYTHING, False)]
+    if offset == 0:
+        return [Piece(EVERYTHING, EVERYTHING, True)]
+    if offset < 0:
+        return [Piece(slice(-offset, None), EVERYTHING, True)]
+    return [Piece(EVERYTHING, slice(None, offset), False), Piece(EVERYTHING, slice(offset, None), True)]
 
 
 def empty_rows(call: AttentionCall, piece: Piece) -> Tensor | None:
