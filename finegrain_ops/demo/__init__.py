@@ -146,8 +146,8 @@ def _show(options: argparse.Namespace, image: Any, box: Box, model: Any, process
     table.add_row("tokens per second", *(f"{g.tokens_per_second:.1f}" for g in (plain, focused)))
     table.add_row("attention backend", f"transformers {model.config.text_config._attn_implementation}", _backend(model))
     Console().print(table)
-    print(f"{int(region.sum())} of {int(on_image.sum())} image tokens are in the region. The attention is the last")
-    print("position's of the prompt, averaged over layers and heads. Both rates include the prompt.")
+    print(f"{int(region.sum())} of {int(on_image.sum())} image tokens are in the region. The attention is that of the")
+    print("position before the answer, averaged over layers and heads. Both rates include the prompt.")
 
     pixels = pixel_map(processor.image_processor, sizes[0])
     patch = model.config.vision_config.patch_size
