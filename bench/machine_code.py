@@ -32,6 +32,7 @@ class Loop:
 
     instructions: int
     mma: int
+    spills: int  # accesses to registers that were put into memory
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def _loops(lines: list[str]) -> list[Loop]:
         if branch and labels.get(branch[1], i) < i:
             body = [x for x in lines[labels[branch[1]] : i + 1] if re.search(r"/\*[0-9a-f]{4,}\*/", x)]
             mma = sum("HMMA" in x or "HGMMA" in x for x in body)
-            if mma or sum("FFMA" in x for x in body) > 256:
-                loops.append(Loop(len(body), mma))
+            if mma or sum("FFMA" in x for x in body) > 64:
+                spills = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)
+                loops.append(Loop(len(body), mma, spills))
     return loops
 
 

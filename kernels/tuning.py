@@ -2,8 +2,8 @@
 
 A row is chosen by compute capability, bytes per element and the padded head dimension. Its comment says where it comes
 from: `estimate` rows are sized so that the pipeline's shared memory fits the architecture and the accumulators its
-registers, checked against the compiled machine code (no spills: tests/machine_code), and await a measurement. Rows from
-80 also fit the 99 KiB of shared memory of sm_86 and sm_89.
+registers, checked against the compiled machine code (tests/machine_code: nothing spilled in a hot loop), and await a
+measurement. Rows from 80 also fit the 99 KiB of shared memory of sm_86 and sm_89.
 """
 
 from __future__ import annotations

@@ -6,11 +6,18 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
 TRITON_RUNS_HERE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 RUN_ALL = os.environ.get("FINEGRAIN_TEST_ALL") == "1"
+
+
+# On CI the same examples every time, so that red means a changed project; elsewhere new ones, to find what is left.
+hypothesis.settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    hypothesis.settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:

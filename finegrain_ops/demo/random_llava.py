@@ -98,7 +98,7 @@ _WORDS = [
 
 
 def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """(model in eval mode, processor): about 12 million parameters, float32."""
+    """(model in eval mode, processor): about 11 million parameters, float32."""
     tokenizer = _tokenizer()
     text_config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -20,12 +20,14 @@ VARIANTS = {"bias": {}, "gate, padding, negative scale": {"has_gate": True, "sca
 
 def check(capability: int, head_dim: int, dtype: str, variant: str) -> None:
     code = compile_forward(capability, head_dim, dtype, **VARIANTS[variant])
-    assert code.stack_bytes == 0, code
+    assert len(code.loops) == 4, code
+    assert all(loop.spills == 0 for loop in code.loops[:3]), code
+    # float32 with a gate and a scale <= 0 puts up to four values aside, at its last loop, that of masked blocks.
+    assert code.stack_bytes <= (16 if dtype == "fp32" and variant != "bias" else 0), code
     assert code.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
     if capability == 80:  # sm_86 and sm_89 take the same rows
         assert code.shared_bytes <= SHARED_MEMORY_LIMIT[86]
     if dtype != "fp32":
-        assert len(code.loops) == 4, code
         assert all(loop.mma > 0 for loop in code.loops), code
         before, biased, after, _ = (loop.instructions for loop in code.loops)
         assert max(before, after) < biased  # key blocks outside the biased range do no bias work
