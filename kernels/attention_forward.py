@@ -18,14 +18,13 @@ multiplied onto the scores first.
 import math
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-import triton
-
 from .key_bias import prepare_key_bias
 from .softmax import finite_maximum, online_softmax_step
-from .tuning import Tile, forward_tile
+from .tuning import forward_tile
 
 LOG2_E = math.log2(math.e)
 
@@ -322,12 +321,10 @@ def attention_forward(
 _SMALLEST_FOLDED_SCALE = 1e-6
 
 
-def launch_arguments(
-    head_dim: int, value_dim: int, element_size: int, compute_capability: int, scale: float, tile: Tile | None = None
-) -> dict:
+def launch_arguments(head_dim: int, value_dim: int, element_size: int, compute_capability: int, scale: float) -> dict:
     """What follows from the shapes: the tile, padded dimensions and the units of the scores."""
     block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_dim))
-    tile = tile or forward_tile(compute_capability, element_size, max(block_d, block_dv))
+    tile = forward_tile(compute_capability, element_size, max(block_d, block_dv))
     folded = scale >= _SMALLEST_FOLDED_SCALE
     return {
         "score_multiplier": scale * LOG2_E,
