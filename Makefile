@@ -1,8 +1,14 @@
-# make demo    see attention move to a region of a photograph (writes demo.png)
-# make test    all tests, against the newest transformers 5 and against 4.57
-# make bench   the benchmarks of bench/, side by side in one run; appends rows to bench/results/
-# make lint    ruff and mypy
+# make demo          see attention move to a region of a photograph (writes demo.png)
+# make test          all tests, against the newest transformers 5 and against 4.57, and make aot
+# make aot           compile every shipped kernel configuration for sm_80 and sm_90, without a GPU: no spills, and no
+#                    worse than bench/results/machine-code.json (AOT_FLAGS=--accept writes it, --show prints it)
+# make bench         the benchmarks of bench/, side by side in one run
+# make bench-report  the tables and plots of the stored rows, in the README and docs/benchmarks/
+# make lint          ruff and mypy
 # Each sets up what it needs, in virtual environments of its own; python3 with venv is all that must be there.
+#
+# make gpu           on a machine with an NVIDIA GPU and PyTorch: the tests there, then the quick benchmarks, whose rows
+#                    are appended to bench/results/; in under 9 minutes, with PYTHON as it is, nothing is installed
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,29 +16,42 @@ VENV4 ?= .venv-transformers4
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+WORKERS ?= --numprocesses 2 --dist worksteal
+AOT_FLAGS ?=
+GPU_FLAGS ?=
 
 demo_ready := $(VENV)/.demo-ready
 test_ready := $(VENV)/.test-ready
 dev_ready := $(VENV)/.dev-ready
 test4_ready := $(VENV4)/.test-ready
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow aot bench bench-report gpu lint clean
 
 demo: $(demo_ready)
 	$(VENV)/bin/python -m finegrain_ops demo $(DEMO_FLAGS)
 
 # The Triton kernels run in the interpreter, which must be chosen before they are imported: a process of their own.
 test: $(test_ready) $(test4_ready)
-	$(VENV)/bin/python -m pytest $(TEST_FLAGS)
-	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m triton $(TEST_FLAGS)
-	$(VENV4)/bin/python -m pytest tests/integrations $(TEST_FLAGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(TEST_FLAGS)
+	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m triton $(TEST_FLAGS)
+	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations $(TEST_FLAGS)
+	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
 
 test-slow: $(test_ready)
-	FINEGRAIN_TEST_ALL=1 $(VENV)/bin/python -m pytest -m slow $(TEST_FLAGS)
-	FINEGRAIN_TEST_ALL=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest -m "slow and triton" $(TEST_FLAGS)
+	FINEGRAIN_TEST_ALL=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m "slow and triton" $(TEST_FLAGS)
+	$(VENV)/bin/python -m bench.aot --all $(AOT_FLAGS)
+
+aot: $(test_ready)
+	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
 
 bench: $(test_ready)
 	$(VENV)/bin/python -m pytest bench --benchmark-only $(TEST_FLAGS)
+
+bench-report: $(test_ready)
+	$(VENV)/bin/python -m bench.report --readme README.md --plots docs/benchmarks
+
+gpu:
+	$(PYTHON) -m bench.gpu $(GPU_FLAGS)
 
 lint: $(dev_ready)
 	$(VENV)/bin/ruff check .

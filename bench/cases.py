@@ -1,17 +1,31 @@
-"""The attention calls that are measured: shapes of real models, as dataclasses, and the tensors that go with them."""
+"""The attention calls that are measured: shapes of real models and a grid of sizes, as dataclasses.
+
+quick  what tells most, for a GPU that is there for minutes; full  the quick ones first, then the rest. Either takes
+turns through the operations, so that a run that ends early has some of each.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from itertools import chain, zip_longest
 
 import torch
-from torch import Tensor
+
+from .operations import BACKWARD, DECODE, FORWARD, OPERATIONS, PACKED, READ_OUT
+
+SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+HEAD_DIMS = (64, 80, 96, 128)
+SETS = ("quick", "full")
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One call: query (B, H, Nq, D), key and value (B, Hkv, Nk, D), and a box of image tokens that is reweighted."""
+    """One call: query (B, H, Nq, D), key and value (B, Hkv, Nk, D), and a box of image tokens that is reweighted.
+
+    Packed, query is (T, H, D) and key and value (T, Hkv, D), and num_queries = num_keys = T.
+    """
 
     name: str
     heads: int
@@ -26,11 +40,20 @@ class AttentionCase:
     image_start: int = 35  # keys before the image: system prompt, or CLS
     region_share: float = 0.15  # of all keys
     weight: float = 2.0  # lambda; CoF takes 2.0 with LLaVA-1.5-7B
+    operation: str = FORWARD
+    lengths: tuple[int, ...] | None = None  # of the sequences, when packed
+    read_rows: int | None = None  # read out so many rows, the last ones; None: all
 
     def __post_init__(self) -> None:
+        if self.operation not in OPERATIONS:
+            raise ValueError(f"{self.name}: operation {self.operation!r} is none of {OPERATIONS}")
         if self.is_causal and self.num_queries != self.num_keys:
             raise ValueError(f"{self.name}: a causal case must be square, since SDPA aligns its causal mask top-left")
-        if self.image_start + math.prod(self.image_grid) > self.num_keys:
+        if (self.operation == PACKED) != (self.lengths is not None):
+            raise ValueError(f"{self.name}: packed cases, and only they, have lengths")
+        if self.lengths is not None and sum(self.lengths) != self.num_keys:
+            raise ValueError(f"{self.name}: lengths add up to {sum(self.lengths)}, and there are {self.num_keys} keys")
+        if self.lengths is None and self.image_start + math.prod(self.image_grid) > self.num_keys:
             raise ValueError(f"{self.name}: the image does not fit into {self.num_keys} keys")
 
     @property
@@ -38,75 +61,83 @@ class AttentionCase:
         return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
+    def has_groups(self) -> bool:
+        return self.num_kv_heads != self.heads
+
+    @property
+    def longest(self) -> int:
+        """Keys of the longest sequence."""
+        return max(self.lengths or (self.num_keys,))
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def id(self) -> str:
-        return f"{self.name}-{self.dtype_name}"
+        return f"{self.operation}-{self.name}-{self.dtype_name}"
 
     def parameters(self) -> dict:
         """What a stored row says about the case; plain JSON values."""
-        return {**asdict(self), "id": self.id, "kv_heads": self.num_kv_heads, "dtype": self.dtype_name}
+        parameters = {**asdict(self), "id": self.id, "kv_heads": self.num_kv_heads, "dtype": self.dtype_name}
+        del parameters["operation"]  # a field of the row itself
+        return parameters
 
 
-@dataclass(frozen=True)
-class CaseInputs:
-    """The tensors of a case, contiguous: no peer has to copy them.
-
-    On a CPU this layout is not the best for finegrain_ops, whose output lies (B, N, H, D) in memory: SDPA's follows the
-    query, so here it is copied once, which it is not with a query as attention layers have it.
-    """
-
-    case: AttentionCase
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    region_mask: Tensor  # (Nk,) bool
-
-    @property
-    def key_bias(self) -> Tensor:
-        """log(lambda) * M, (Nk,) float32: what the peers are given."""
-        return math.log(self.case.weight) * self.region_mask.float()
-
-
-def make_inputs(case: AttentionCase, device: torch.device) -> CaseInputs:
-    generator = torch.Generator(device=device).manual_seed(0)
-
-    def normal(heads: int, length: int) -> Tensor:
-        shape = (case.batch, heads, length, case.head_dim)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(case.dtype)
-
-    return CaseInputs(
-        case,
-        query=normal(case.heads, case.num_queries),
-        key=normal(case.num_kv_heads, case.num_keys),
-        value=normal(case.num_kv_heads, case.num_keys),
-        region_mask=region_mask(case).to(device),
+def causal(
+    num_keys: int, head_dim: int, dtype: torch.dtype, operation: str = FORWARD, kv_heads: int | None = None
+) -> AttentionCase:
+    """16 heads and nothing else that could hide the cost of the bias: the cases whose ratios are promised."""
+    name = f"causal{'-gqa' if kv_heads else ''}-n{num_keys}-d{head_dim}"
+    return AttentionCase(
+        name,
+        16,
+        num_keys,
+        num_keys,
+        head_dim,
+        dtype,
+        kv_heads=kv_heads,
+        image_grid=_tiles(num_keys),
+        operation=operation,
     )
 
 
-def region_mask(case: AttentionCase) -> Tensor:
-    """(Nk,) bool, True for the tokens of a box in the middle of the image, about region_share of all keys.
+def cache(
+    num_keys: int, head_dim: int, dtype: torch.dtype, kv_heads: int | None = None, batch: int = 1
+) -> AttentionCase:
+    """Decode: one new token for each of `batch` prompts against 16 heads; no causal mask is needed."""
+    name = f"cache{'-gqa' if kv_heads else ''}{f'-b{batch}' if batch > 1 else ''}-n{num_keys}-d{head_dim}"
+    return AttentionCase(
+        name,
+        16,
+        1,
+        num_keys,
+        head_dim,
+        dtype,
+        kv_heads=kv_heads,
+        is_causal=False,
+        batch=batch,
+        image_grid=_tiles(num_keys),
+        operation=DECODE,
+    )
 
-    As a box in an image is: row by row of the grid a run of neighbouring keys, with gaps between the runs.
-    """
-    rows, columns = case.image_grid
-    area = case.region_share * case.num_keys
-    box_rows = min(rows, round(rows * math.sqrt(area / (rows * columns))))
-    box_columns = min(columns, round(area / box_rows))
-    top, left = (rows - box_rows) // 2, (columns - box_columns) // 2
-    image = torch.zeros(rows, columns, dtype=torch.bool)
-    image[top : top + box_rows, left : left + box_columns] = True
-    mask = torch.zeros(case.num_keys, dtype=torch.bool)
-    mask[case.image_start : case.image_start + rows * columns] = image.flatten()
-    return mask
 
-
-def causal(num_keys: int, head_dim: int, dtype: torch.dtype) -> AttentionCase:
-    """16 heads and nothing else that could hide the cost of the bias: the cases whose ratios are promised."""
-    name = f"causal-n{num_keys}-d{head_dim}"
-    return AttentionCase(name, 16, num_keys, num_keys, head_dim, dtype, image_grid=_tiles(num_keys))
+def packed(num_tokens: int, head_dim: int, dtype: torch.dtype, kv_heads: int | None = None) -> AttentionCase:
+    """Five causal prompts, the longest eight times the shortest, none a multiple of a kernel's tile."""
+    shares, offsets = (1, 3, 2, 6, 4), (5, -9, 3, -6, 7)
+    lengths = tuple(share * num_tokens // 16 + offset for share, offset in zip(shares, offsets))
+    name = f"prompts{'-gqa' if kv_heads else ''}-n{num_tokens}-d{head_dim}"
+    return AttentionCase(
+        name,
+        16,
+        num_tokens,
+        num_tokens,
+        head_dim,
+        dtype,
+        kv_heads=kv_heads,
+        operation=PACKED,
+        lengths=lengths,
+    )
 
 
 def llava_prefill(num_keys: int, dtype: torch.dtype) -> AttentionCase:
@@ -115,15 +146,19 @@ def llava_prefill(num_keys: int, dtype: torch.dtype) -> AttentionCase:
     return AttentionCase(name, 32, num_keys, num_keys, 128, dtype, image_grid=_tiles(num_keys))
 
 
-def _tiles(num_keys: int) -> tuple[int, int]:
-    """The grid of as many tiles of 24 x 24 tokens, one below the other, as leave room for 64 tokens of text."""
-    return 24 * ((num_keys - 64) // 576), 24
-
-
 def llava_decode(num_keys: int, dtype: torch.dtype) -> AttentionCase:
-    """One new token against the cache: no causal mask is needed."""
     name = f"llava-decode-n{num_keys}"
-    return AttentionCase(name, 32, 1, num_keys, 128, dtype, is_causal=False, image_grid=_tiles(num_keys))
+    return AttentionCase(
+        name, 32, 1, num_keys, 128, dtype, is_causal=False, image_grid=_tiles(num_keys), operation=DECODE
+    )
+
+
+def llava_read_out(num_keys: int, dtype: torch.dtype) -> AttentionCase:
+    """Where the last 24 tokens of the question look."""
+    name = f"llava-read-out-n{num_keys}"
+    return AttentionCase(
+        name, 32, num_keys, num_keys, 128, dtype, image_grid=_tiles(num_keys), operation=READ_OUT, read_rows=24
+    )
 
 
 def qformer(dtype: torch.dtype, batch: int = 1) -> AttentionCase:
@@ -143,29 +178,132 @@ def qwen2_vl_prefill(num_keys: int, dtype: torch.dtype) -> AttentionCase:
     )
 
 
-def cpu_cases() -> list[AttentionCase]:
+def qwen2_vl_decode(num_keys: int, dtype: torch.dtype) -> AttentionCase:
+    columns = 32
+    rows = (num_keys - 128) // columns
+    return AttentionCase(
+        f"qwen2-vl-decode-n{num_keys}",
+        28,
+        1,
+        num_keys,
+        128,
+        dtype,
+        kv_heads=4,
+        is_causal=False,
+        image_grid=(rows, columns),
+        operation=DECODE,
+    )
+
+
+def _tiles(num_keys: int) -> tuple[int, int]:
+    """The grid of as many tiles of 24 x 24 tokens, one below the other, as leave room for 64 tokens of text.
+
+    Where there is not even room for one, 16 columns.
+    """
+    tiles = (num_keys - 64) // 576
+    return (24 * tiles, 24) if tiles else ((num_keys - 64) // 16, 16)
+
+
+def _quick_cpu_cases() -> list[AttentionCase]:
+    float32 = torch.float32
     return [
-        *(causal(num_keys, head_dim, torch.float32) for num_keys in (640, 1024) for head_dim in (64, 128)),
-        llava_prefill(640, torch.float32),
-        llava_prefill(640, torch.bfloat16),
-        llava_decode(640, torch.float32),
-        llava_decode(1024, torch.float32),
-        qformer(torch.float32),
-        qwen2_vl_prefill(1024, torch.float32),
+        causal(640, 64, float32),
+        causal(640, 64, float32, BACKWARD),
+        llava_decode(640, float32),
+        packed(1024, 64, float32),
+        causal(640, 64, float32, READ_OUT),
     ]
 
 
-def cuda_cases() -> list[AttentionCase]:
-    half = (torch.float16, torch.bfloat16)
+def _full_cpu_cases() -> list[AttentionCase]:
+    float32 = torch.float32
     return [
-        *(causal(n, d, dtype) for n in (1024, 4096, 16384) for d in (64, 128) for dtype in half),
-        *(llava_prefill(num_keys, dtype) for num_keys in (640, 2944) for dtype in half),
-        *(llava_decode(num_keys, dtype) for num_keys in (1024, 2944) for dtype in half),
-        *(qformer(dtype, batch) for batch in (1, 16) for dtype in half),
-        *(qwen2_vl_prefill(num_keys, torch.bfloat16) for num_keys in (1024, 4096, 16384)),
+        *(causal(num_keys, head_dim, float32) for num_keys in (640, 1024) for head_dim in (64, 128)),
+        llava_prefill(640, float32),
+        llava_prefill(640, torch.bfloat16),
+        qformer(float32),
+        qwen2_vl_prefill(1024, float32),
+        *(causal(640, head_dim, float32, BACKWARD) for head_dim in (64, 128)),
+        llava_decode(640, float32),
+        llava_decode(1024, float32),
+        qwen2_vl_decode(1024, float32),
+        packed(1024, 64, float32),
+        packed(1024, 128, float32, kv_heads=4),
+        causal(640, 64, float32, READ_OUT),
+        llava_read_out(640, float32),
+    ]
+
+
+def _quick_cuda_cases() -> list[AttentionCase]:
+    half, other_half = torch.bfloat16, torch.float16
+    forward = [
+        *(causal(num_keys, 128, half) for num_keys in (4096, 16384, 1024)),
+        *(causal(4096, head_dim, half) for head_dim in (64, 80, 96)),
+        causal(4096, 128, half, kv_heads=4),
+        causal(4096, 128, other_half),
+        llava_prefill(2944, half),
+        causal(256, 128, half),
+    ]
+    backward = [
+        *(causal(num_keys, 128, half, BACKWARD) for num_keys in (4096, 16384, 1024)),
+        *(causal(4096, head_dim, half, BACKWARD) for head_dim in (64, 80)),
+        causal(4096, 128, half, BACKWARD, kv_heads=4),
+    ]
+    decode = [
+        *(cache(num_keys, 128, half) for num_keys in (16384, 1024)),
+        *(cache(16384, head_dim, half, kv_heads=4) for head_dim in (128, 80)),
+        llava_decode(2944, half),
+    ]
+    sequences = [packed(4096, 128, half), packed(16384, 128, half), packed(4096, 80, half, kv_heads=4)]
+    read_out = [
+        *(causal(num_keys, 128, half, READ_OUT) for num_keys in (4096, 16384)),
+        llava_read_out(2944, half),
+    ]
+    return _in_turns(forward, backward, decode, sequences, read_out)
+
+
+def _full_cuda_cases() -> list[AttentionCase]:
+    """bfloat16 over all sizes and head dimensions; grouped queries and float16 over every second size."""
+    half, other_half = torch.bfloat16, torch.float16
+
+    def grid(operation: str) -> list[AttentionCase]:
+        def case(num_keys: int, head_dim: int, dtype: torch.dtype, kv_heads: int | None = None) -> AttentionCase:
+            if operation == DECODE:
+                return cache(num_keys, head_dim, dtype, kv_heads)
+            if operation == PACKED:
+                return packed(num_keys, head_dim, dtype, kv_heads)
+            return causal(num_keys, head_dim, dtype, operation, kv_heads)
+
+        every_second = SIZES[::2]
+        return [
+            *(case(num_keys, head_dim, half) for num_keys in SIZES for head_dim in HEAD_DIMS),
+            *(case(num_keys, head_dim, half, 4) for num_keys in every_second for head_dim in HEAD_DIMS),
+            *(case(num_keys, head_dim, other_half) for num_keys in every_second for head_dim in HEAD_DIMS),
+        ]
+
+    models = [
+        *(llava_prefill(num_keys, dtype) for num_keys in (640, 2944) for dtype in (half, other_half)),
+        *(llava_decode(num_keys, dtype) for num_keys in (1024, 2944) for dtype in (half, other_half)),
+        *(qformer(dtype, batch) for batch in (1, 16) for dtype in (half, other_half)),
+        *(qwen2_vl_prefill(num_keys, half) for num_keys in (1024, 4096, 16384)),
+        *(qwen2_vl_decode(num_keys, half) for num_keys in (1024, 16384)),
+        cache(4096, 128, half, kv_heads=4, batch=16),
+        llava_read_out(2944, half),
         causal(1024, 128, torch.float32),
     ]
+    return _in_turns(models, *(grid(operation) for operation in OPERATIONS))
 
 
-def cases_for(device_type: str) -> list[AttentionCase]:
-    return cuda_cases() if device_type == "cuda" else cpu_cases()
+def _in_turns(*lists: list[AttentionCase]) -> list[AttentionCase]:
+    return [case for case in chain.from_iterable(zip_longest(*lists)) if case is not None]
+
+
+def cases_for(device_type: str, case_set: str = "full") -> list[AttentionCase]:
+    quick, full = (
+        (_quick_cuda_cases, _full_cuda_cases) if device_type == "cuda" else (_quick_cpu_cases, _full_cpu_cases)
+    )
+    return _without_repetition(quick() if case_set == "quick" else [*quick(), *full()])
+
+
+def _without_repetition(cases: Iterable[AttentionCase]) -> list[AttentionCase]:
+    return list({case.id: case for case in cases}.values())

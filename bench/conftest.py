@@ -1,19 +1,27 @@
-"""Options of the benchmarks, the device they run on, and what becomes of their rows."""
+"""Options of the benchmarks, the device they run on, how long they may take, and what becomes of their rows."""
 
 from __future__ import annotations
 
+import importlib.util
 import shlex
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from . import report, results
-from .cases import cases_for
+from . import results
+from .cases import SETS, cases_for
+from .ceilings import MeasuredCeilings
 from .machine import describe_machine
+from .stand_in import BenchmarkStandIn
 
-_ROWS = pytest.StashKey[list[dict]]()
+_STORE = pytest.StashKey[results.RowStore]()
+_START = pytest.StashKey[float]()
+_LEFT_OUT = pytest.StashKey[list[str]]()
+
+_SECONDS = {("cpu", "quick"): 2.0, ("cpu", "full"): 5.0, ("cuda", "quick"): 0.3, ("cuda", "full"): 0.5}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,8 +34,38 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--bench-threads", type=int, help="torch's threads (default: 2 on a CPU, torch's own choice on CUDA)"
     )
-    group.addoption("--bench-seconds", type=float, default=5.0, help="how long to sample one case (default: 5)")
+    group.addoption(
+        "--bench-set",
+        choices=SETS,
+        default="full",
+        help="quick: the most telling cases, under 5 minutes on an H200; full: all of them (default)",
+    )
+    group.addoption(
+        "--bench-budget",
+        type=float,
+        metavar="SECONDS",
+        help="start no new case when the run has taken so long; the cases left out are named",
+    )
+    group.addoption(
+        "--bench-seconds",
+        type=float,
+        help="how long to sample one case (default: 5 on a CPU, 0.5 on CUDA; of the quick set 2 and 0.3)",
+    )
     group.addoption("--bench-rounds", type=int, help="samples of every peer, instead of as many as fit --bench-seconds")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folder = config.getoption("--results-folder") if config.getoption("--save-results") else None
+    config.stash[_STORE] = results.RowStore(folder)
+    config.stash[_START] = time.monotonic()
+    config.stash[_LEFT_OUT] = []
+
+
+if importlib.util.find_spec("pytest_benchmark") is None:
+
+    @pytest.fixture
+    def benchmark() -> BenchmarkStandIn:
+        return BenchmarkStandIn()
 
 
 def device_type(config: pytest.Config) -> str:
@@ -36,8 +74,16 @@ def device_type(config: pytest.Config) -> str:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = cases_for(device_type(metafunc.config))
+        cases = cases_for(device_type(metafunc.config), metafunc.config.getoption("--bench-set"))
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+
+
+@pytest.fixture(autouse=True)
+def within_budget(request: pytest.FixtureRequest, pytestconfig: pytest.Config) -> None:
+    budget = pytestconfig.getoption("--bench-budget")
+    if budget is not None and time.monotonic() - pytestconfig.stash[_START] >= budget:
+        pytestconfig.stash[_LEFT_OUT].append(request.node.name)
+        pytest.skip(f"--bench-budget {budget:g} is used up")
 
 
 @pytest.fixture(scope="session")
@@ -56,19 +102,38 @@ def machine(device: torch.device, pytestconfig: pytest.Config) -> dict:
 
 
 @pytest.fixture(scope="session")
-def rows(pytestconfig: pytest.Config) -> list[dict]:
-    """Where a benchmark puts its rows. They are printed, and stored if asked for, when all have run."""
-    return pytestconfig.stash.setdefault(_ROWS, [])
+def ceilings(device: torch.device) -> MeasuredCeilings:
+    return MeasuredCeilings(device)
+
+
+@pytest.fixture(scope="session")
+def seconds_per_case(pytestconfig: pytest.Config) -> float:
+    default = _SECONDS[device_type(pytestconfig), pytestconfig.getoption("--bench-set")]
+    return pytestconfig.getoption("--bench-seconds") or default
+
+
+@pytest.fixture(scope="session")
+def store(pytestconfig: pytest.Config) -> results.RowStore:
+    """Where a benchmark puts its rows. They are printed when all have run, and with --save-results stored at once."""
+    return pytestconfig.stash[_STORE]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = config.stash.get(_ROWS, [])
-    if not rows:
+    store, left_out = config.stash[_STORE], config.stash[_LEFT_OUT]
+    if left_out:
+        terminalreporter.section(f"left out: --bench-budget {config.getoption('--bench-budget'):g} was used up")
+        terminalreporter.write_line(", ".join(left_out))
+    if not store.rows:
         return
     terminalreporter.section("peers, taken in turns")
-    terminalreporter.write(report.as_text(rows, terminalreporter._tw.fullwidth))
-    if config.getoption("--save-results"):
-        paths = ", ".join(str(path) for path in results.append(rows, config.getoption("--results-folder")))
-        terminalreporter.write_line(f"Appended {len(rows)} rows to {paths}")
+    if importlib.util.find_spec("rich") is None:
+        terminalreporter.write_line("Their tables need the package rich; `python -m bench.report` prints stored rows.")
+    else:
+        from . import tables
+
+        terminalreporter.write(tables.as_text(store.rows, terminalreporter._tw.fullwidth))
+    if store.folder is not None:
+        paths = ", ".join(str(path) for path in store.paths)
+        terminalreporter.write_line(f"Appended {len(store.rows)} rows to {paths}")
     else:
         terminalreporter.write_line("Nothing was stored; --save-results appends these rows to bench/results/.")

@@ -9,7 +9,6 @@ import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
-import cpuinfo  # comes with pytest-benchmark
 import torch
 
 import finegrain_ops
@@ -38,6 +37,10 @@ def describe_machine(device: torch.device, command: str) -> dict:
 
 
 def cpu_name() -> str:
+    try:
+        import cpuinfo  # comes with pytest-benchmark
+    except ModuleNotFoundError:
+        return platform.processor() or platform.machine()
     return cpuinfo.get_cpu_info().get("brand_raw") or platform.processor() or platform.machine()
 
 

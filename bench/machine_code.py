@@ -1,7 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not here, and reads registers, spills and hot loops from the machine
-code.
-
-    python -m bench.machine_code    prints a table for every shipped configuration of the forward kernel
+"""Compiles Triton kernels for GPUs that are not here, and reads registers, spills and hot loops from the machine code.
 
 triton's wheel brings the compiler and the disassemblers; no GPU or driver is needed. Not under TRITON_INTERPRET=1.
 """
@@ -11,137 +8,126 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import triton
 import triton.backends.nvidia
-from rich.console import Console
-from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from finegrain_ops.kernels.attention_forward import attention_forward_kernel, launch_arguments
+# Of one block, in bytes. Tiles for sm_80 serve sm_86 and sm_89 too, which have 99 KiB.
+SHARED_MEMORY_LIMIT = {80: 99 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-ELEMENT_SIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
+# A loop with so many FFMA computes matrix products without tensor cores; fewer are arithmetic beside them.
+_FEWEST_FFMA = 65
+
+_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+_LABEL = re.compile(r"\s*(\.L_x_\d+):")
+_BRANCH = re.compile(r"\bBRA(?:\.\S+)?\s.*`\((\.L_x_\d+)\)")
 
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop around tensor-core (or, in float32, FMA) work: its length and how many tensor-core instructions it has."""
+    """A loop around matrix products: its length and how many tensor-core instructions it has."""
 
     instructions: int
     mma: int
     spills: int  # accesses to registers that were put into memory
+    opcode: str  # of its products: HMMA, HGMMA or, without tensor cores, FFMA
 
 
 @dataclass(frozen=True)
 class MachineCode:
     registers: int
-    stack_bytes: int  # registers that did not fit: spills
+    stack_bytes: int  # registers that did not fit
+    spills: int  # accesses to them, LDL and STL, in the whole kernel
     shared_bytes: int
-    loops: tuple[Loop, ...]  # in the order of the code: unbiased, biased, unbiased, masked
+    loops: tuple[Loop, ...]  # in the order of the code
+    serialized: bool  # wgmma instructions wait for one another, which costs Hopper most of its speed
 
 
-def compile_forward(
+def compile_kernel(
+    kernel: Any,
+    constants: Mapping[str, Any],
     compute_capability: int,
-    head_dim: int,
-    dtype: str = "fp16",
-    *,
-    has_bias: bool = True,
-    has_gate: bool = False,
-    is_causal: bool = True,
-    scale: float = 0.1,
+    types: Mapping[str, str],
+    divisible: Set[str],
+    num_warps: int,
+    num_stages: int,
 ) -> MachineCode:
-    """The forward kernel with the tile that `tuning.py` gives it; a scale <= 0 compiles the variant for such scales."""
-    launch = launch_arguments(head_dim, head_dim, ELEMENT_SIZE[dtype], compute_capability, scale)
-    constants = {
-        "HAS_BIAS": has_bias,
-        "HAS_PADDING": has_gate,
-        "HAS_GATE": has_gate,
-        "IS_CAUSAL": is_causal,
-        "RETURN_LSE": True,
-        **{name: value for name, value in launch.items() if name.isupper()},
-    }
-    names = attention_forward_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else _type(name, dtype) for name in names}
-    aligned = [
-        i
-        for i, n in enumerate(names)
-        if n.endswith("_ptr") or n.startswith(("query_stride", "key_stride", "value_stride"))
-    ]
+    """`types` of the arguments that are no constants, as Triton names them; those in `divisible` are so by 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible}
     compiled = triton.compile(
-        ASTSource(
-            attention_forward_kernel,
-            signature,
-            constexprs=constants,
-            attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
-        ),
+        ASTSource(kernel, signature, constexprs=dict(constants), attrs=attributes),
         target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": launch["num_warps"], "num_stages": launch["num_stages"]},
+        options={"num_warps": num_warps, "num_stages": num_stages},
     )
-    return _read(compiled.asm["cubin"], compiled.metadata.shared)
+    return _read(compiled)
 
 
-def _type(argument: str, dtype: str) -> str:
-    if argument.removesuffix("_ptr") in ("query", "key", "value", "output"):
-        return "*" + dtype
-    if argument in ("bias_ptr", "lse_ptr"):
-        return "*fp32"
-    if argument == "range_ptr":
-        return "*i32"
-    if argument.endswith("_ptr"):
-        return "*u8"
-    return "fp32" if argument in ("factor", "score_multiplier") else "i32"
-
-
-def _read(cubin: bytes, shared_bytes: int) -> MachineCode:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        lines = _tool("nvdisasm", "-c", file.name).splitlines()
+def _read(compiled: Any) -> MachineCode:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        sass = _tool("nvdisasm", "-c", str(cubin))
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
-    return MachineCode(int(found[1]), int(found[2]), shared_bytes, tuple(_loops(lines)))
+    return MachineCode(int(found[1]), int(found[2]), *read_sass(sass, compiled.metadata.shared))
 
 
-def _loops(lines: list[str]) -> list[Loop]:
-    """Backward branches whose body holds matrix products: tensor-core instructions, or many FFMA."""
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"\s*(\.L_x_\d+):", line))}
-    loops = []
+def read_sass(sass: str, shared_bytes: int) -> tuple[int, int, tuple[Loop, ...], bool]:
+    """The fields of MachineCode from `spills` on, of a kernel as nvdisasm prints it."""
+    lines = sass.splitlines()
+    opcodes = [match[1] if (match := _INSTRUCTION.search(line)) else "" for line in lines]
+    bodies = [[x for x in opcodes[start : end + 1] if x] for start, end in _innermost_product_loops(lines, opcodes)]
+    # Where ptxas gives up on a pipeline (warnings C7510 to C7515), every product has its own arrive and wait.
+    serialized = any(0 < 2 * _count(body, "HGMMA") <= _count(body, "WARPGROUP") for body in bodies)
+    return _spills(opcodes), shared_bytes, tuple(_loop(body) for body in bodies), serialized
+
+
+def _innermost_product_loops(lines: list[str], opcodes: list[str]) -> list[tuple[int, int]]:
+    """First and last line of the backward branches around matrix products that hold no other such branch: a jump back
+    from code that was moved out of the way spans loops that it has nothing to do with.
+    """
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := _LABEL.match(line))}
+    spans = []
     for i, line in enumerate(lines):
-        branch = re.search(r"BRA(?:\.\S+)?\s+.*`\((\.L_x_\d+)\)", line)
-        if branch and labels.get(branch[1], i) < i:
-            body = [x for x in lines[labels[branch[1]] : i + 1] if re.search(r"/\*[0-9a-f]{4,}\*/", x)]
-            mma = sum("HMMA" in x or "HGMMA" in x for x in body)
-            if mma or sum("FFMA" in x for x in body) > 64:
-                spills = sum(bool(re.search(r"\b(LDL|STL)\b", x)) for x in body)
-                loops.append(Loop(len(body), mma, spills))
-    return loops
+        branch = _BRANCH.search(line)
+        start = labels.get(branch[1], i) if branch else i
+        if start < i and _product_opcode(opcodes[start:i]):
+            spans.append((start, i))
+    return [(a, b) for a, b in spans if not any(a <= c and d <= b and (a, b) != (c, d) for c, d in spans)]
+
+
+def _loop(body: list[str]) -> Loop:
+    opcode = _product_opcode(body)
+    return Loop(len(body), 0 if opcode == "FFMA" else _count(body, opcode), _spills(body), opcode)
+
+
+def _product_opcode(opcodes: list[str]) -> str:
+    """ "" where there are no matrix products."""
+    for tensor_core in ("HGMMA", "HMMA"):
+        if _count(opcodes, tensor_core):
+            return tensor_core
+    return "FFMA" if _count(opcodes, "FFMA") >= _FEWEST_FFMA else ""
+
+
+def _spills(opcodes: list[str]) -> int:
+    return _count(opcodes, "LDL") + _count(opcodes, "STL")
+
+
+def _count(opcodes: list[str], name: str) -> int:
+    """With any suffix: HMMA counts HMMA.16816.F32.BF16."""
+    return sum(opcode.split(".")[0] == name for opcode in opcodes)
 
 
 def _tool(name: str, *arguments: str) -> str:
     path = Path(triton.backends.nvidia.__file__).parent / "bin" / name
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
-def main() -> None:
-    table = Table(title="Forward kernel, causal, with bias")
-    for column in ("GPU", "dtype", "head dim", "registers", "spills", "shared KiB", "instructions (MMA) per loop"):
-        table.add_column(column)
-    for capability in (80, 90):
-        for dtype in ("fp16", "fp32"):
-            for head_dim in (64, 80, 128, 256):
-                code = compile_forward(capability, head_dim, dtype)
-                loops = ", ".join(f"{loop.instructions} ({loop.mma})" for loop in code.loops)
-                shared = f"{code.shared_bytes / 1024:.0f}"
-                table.add_row(
-                    f"sm_{capability}", dtype, str(head_dim), str(code.registers), str(code.stack_bytes), shared, loops
-                )
-    Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

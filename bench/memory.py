@@ -24,8 +24,10 @@ from pathlib import Path
 
 import torch
 
-from .cases import AttentionCase, CaseInputs, make_inputs
-from .peers import Peer, PeerUnavailable, peers_for
+from .cases import AttentionCase
+from .inputs import CaseInputs, make_inputs
+from .operations import FORWARD
+from .peers import NEEDS_CUDA, Peer, PeerUnavailable, peers_for
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -45,6 +47,8 @@ def unavailable_reason(device_type: str) -> str | None:
 
 def peak_bytes(peer: Peer, num_keys: int, dtype: torch.dtype, device: torch.device) -> int:
     """Raises PeerUnavailable as the peer does."""
+    if peer.needs_cuda and device.type == "cpu":
+        raise PeerUnavailable(NEEDS_CUDA)  # and no process has to find it out
     if device.type == "cuda":
         return _peak_on_cuda(peer, make_inputs(memory_case(num_keys, dtype), device))
     return _peak_in_new_process(peer, num_keys, dtype)
@@ -66,11 +70,8 @@ def peak_of_call_on_cuda(call: Callable[[], object], device: torch.device) -> in
 
 
 def _peak_on_cuda(peer: Peer, inputs: CaseInputs) -> int:
-    def prompt() -> None:
-        peer.prepare(inputs)()
-
-    prompt()  # compiles, and lets cuBLAS take its workspace
-    return peak_of_call_on_cuda(prompt, inputs.query.device)
+    peer.start(inputs)  # compiles, and lets cuBLAS take its workspace
+    return peak_of_call_on_cuda(lambda: peer.start(inputs), inputs.query.device)
 
 
 def _peak_in_new_process(peer: Peer, num_keys: int, dtype: torch.dtype) -> int:
@@ -91,11 +92,11 @@ def _peak_in_new_process(peer: Peer, num_keys: int, dtype: torch.dtype) -> int:
 def _peak_of_this_process(peer: Peer, case: AttentionCase) -> int:
     device = torch.device("cpu")
     few = replace(case, num_queries=1024, num_keys=1024)
-    peer.prepare(make_inputs(few, device))()  # threads, libraries, code that is imported late
+    peer.start(make_inputs(few, device))  # threads, libraries, code that is imported late
     inputs = make_inputs(case, device)  # random numbers: every page is touched
     _CLEAR_REFS.write_text("5")
     before = _status_bytes("VmRSS")
-    peer.prepare(inputs)()
+    peer.start(inputs)
     return _status_bytes("VmHWM") - before
 
 
@@ -106,7 +107,7 @@ def _status_bytes(field: str) -> int:
 
 def _main(peer_name: str, num_keys: str, dtype: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    peer = next(peer for peer in peers_for("cpu") if peer.name == peer_name)
+    peer = next(peer for peer in peers_for(FORWARD, "cpu") if peer.name == peer_name)
     result: dict = {"peak_bytes": None, "reason": None}
     try:
         result["peak_bytes"] = _peak_of_this_process(peer, memory_case(int(num_keys), getattr(torch, dtype)))

@@ -4,26 +4,59 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cases import AttentionCase
-from .peers import SDPA_UNBIASED
-from .sampling import percentiles
+from .ceilings import Ceilings
+from .operations import FORWARD, READ_OUT, speed
+from .peers import SDPA_UNBIASED, Peer, base_peer
+from .sampling import Percentiles, percentiles
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def time_row(
-    case: AttentionCase, peer: str, machine: dict, samples: dict[str, list[float]], **measured: object
-) -> dict:
-    """`ratio_*` are percentiles of the ratio to unbiased SDPA within a round, not ratios of percentiles."""
-    times = samples[peer]
-    row = _row("time", case, peer, machine) | {"rounds": len(times), **measured}
-    row |= {f"{name}_ms": round(ms, 5) for name, ms in percentiles(times)._asdict().items()}
-    if SDPA_UNBIASED in samples:
-        ratios = [time / floor for time, floor in zip(times, samples[SDPA_UNBIASED])]
-        row |= {f"ratio_{name}": round(ratio, 4) for name, ratio in percentiles(ratios)._asdict().items()}
-    return row
+def time_rows(
+    case: AttentionCase,
+    machine: dict,
+    samples: dict[str, list[float]],
+    ceilings: Ceilings,
+    peers: list[Peer],
+    measured: dict[str, dict],
+) -> list[dict]:
+    """A row per peer in `samples`; `measured` holds further fields of each.
+
+    `ratio_*` are percentiles of the ratio to the base peer within a round, not ratios of percentiles. Our own rows hold
+    such percentiles for every other peer as well.
+    """
+    base = base_peer(case.operation, samples)
+    rows = []
+    for peer in (peer for peer in peers if peer.name in samples):
+        times = samples[peer.name]
+        row = _row("time", case, peer.name, machine) | {"rounds": len(times), **measured[peer.name]}
+        row |= {f"{name}_ms": round(ms, 5) for name, ms in percentiles(times)._asdict().items()}
+        row |= speed(_work_of(peer, case), row["p50_ms"], ceilings)
+        row["base"] = base
+        if base is not None:
+            ratio = _ratio(times, samples[base])
+            row |= {f"ratio_{name}": value for name, value in ratio._asdict().items()}
+        if peer.is_ours:
+            row["ratios"] = {other: list(_ratio(times, samples[other])) for other in samples if other != peer.name}
+        rows.append(row)
+    return rows
+
+
+def _work_of(peer: Peer, case: AttentionCase) -> AttentionCase:
+    """What it computes: beside read-outs, which may be of a few rows, a whole forward pass is timed."""
+    if case.operation == READ_OUT and not peer.gives_key_sums:
+        return replace(case, operation=FORWARD, read_rows=None)
+    return case
+
+
+def _ratio(times: list[float], others: list[float]) -> Percentiles:
+    """Of the same rounds."""
+    ratios = percentiles([time / other for time, other in zip(times, others)])
+    return Percentiles(*(round(ratio, 4) for ratio in ratios))
 
 
 def memory_row(case: AttentionCase, peer: str, machine: dict, peak_bytes: int, growth_exponent: float | None) -> dict:
@@ -37,12 +70,37 @@ def not_run_row(kind: str, case: AttentionCase, peer: str, machine: dict, reason
 
 
 def _row(kind: str, case: AttentionCase, peer: str, machine: dict) -> dict:
-    return {"kind": kind, "case": case.parameters(), "peer": peer, "reason": None, "machine": machine}
+    return {
+        "kind": kind,
+        "operation": case.operation,
+        "case": case.parameters(),
+        "peer": peer,
+        "reason": None,
+        "machine": machine,
+    }
+
+
+@dataclass
+class RowStore:
+    """The rows of a run; with a folder each is in its file as soon as it is added, so that a killed run keeps it."""
+
+    folder: Path | None = None
+    rows: list[dict] = field(default_factory=list)
+    paths: list[Path] = field(default_factory=list)
+
+    def add(self, rows: list[dict]) -> None:
+        self.rows += rows
+        if self.folder is not None:
+            self.paths += [path for path in append(rows, self.folder) if path not in self.paths]
+
+
+def slug(machine: dict) -> str:
+    """The name of a CPU or GPU as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", machine["name"].lower())).strip("-")
 
 
 def path_for(machine: dict, folder: Path = RESULTS) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", machine["name"].lower())).strip("-")
-    return folder / f"attention-{slug}.jsonl"
+    return folder / f"attention-{slug(machine)}.jsonl"
 
 
 def append(rows: list[dict], folder: Path = RESULTS) -> list[Path]:
@@ -59,8 +117,10 @@ def append(rows: list[dict], folder: Path = RESULTS) -> list[Path]:
 
 
 def load(folder: Path = RESULTS) -> list[dict]:
+    """Rows from before there were several operations are forward passes, with a ratio to unbiased SDPA."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
-    return [json.loads(line) for line in lines if line]
+    rows = [json.loads(line) for line in lines if line]
+    return [row if "operation" in row else {"operation": FORWARD, "base": SDPA_UNBIASED} | row for row in rows]
 
 
 def newest(rows: list[dict]) -> list[list[dict]]:

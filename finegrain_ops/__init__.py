@@ -1,6 +1,7 @@
 """Low-level attention kernels that let multimodal models look closely.
 
-The operator: `reweighted_attention`. Boxes in text: `finegrain_ops.boxes`. Hugging Face models: `patch`.
+The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`. Boxes in text:
+`finegrain_ops.boxes`. Hugging Face models: `patch`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
@@ -17,13 +18,23 @@ if (_ROOT / "kernels" / "attention_forward.py").is_file():
 
 from . import boxes  # noqa: E402
 from ._version import __version__  # noqa: E402
-from .attention import reweighted_attention  # noqa: E402
+from .attention import reweighted_attention, reweighted_attention_varlen  # noqa: E402
 from .errors import UnsupportedInputError, UnsupportedModelError  # noqa: E402
+from .readout import attention_map  # noqa: E402
 
 if TYPE_CHECKING:
     from .integrations.patching import patch
 
-__all__ = ["UnsupportedInputError", "UnsupportedModelError", "__version__", "boxes", "patch", "reweighted_attention"]
+__all__ = [
+    "UnsupportedInputError",
+    "UnsupportedModelError",
+    "__version__",
+    "attention_map",
+    "boxes",
+    "patch",
+    "reweighted_attention",
+    "reweighted_attention_varlen",
+]
 
 
 def __getattr__(name: str) -> Any:

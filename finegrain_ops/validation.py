@@ -65,6 +65,26 @@ def require_number(value: object, name: str, *, minimum: float = -math.inf, what
     return number
 
 
+def require_length(value: object, name: str) -> int:
+    """A Python (or numpy) integer, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}; a tensor would have to be waited for")
+    length = int(value)
+    if length < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {length}")
+    return length
+
+
+def require_mask(mask: Tensor, name: str, query: Tensor, shapes: Sequence[tuple[int, ...]], meaning: str) -> Tensor:
+    """A bool tensor on query's device of one of `shapes`, which `meaning` spells out in symbols."""
+    require_tensor(mask, name, f"a bool tensor {meaning}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{name}: expected torch.bool, got {mask.dtype}; convert it with {name}.bool()")
+    require_shape(mask, name, shapes, meaning)
+    require_same_device(mask, name, query)
+    return mask
+
+
 def values_are_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or os.environ.get("FINEGRAIN_CHECK") == "1"
 
@@ -86,10 +106,58 @@ def _check_values(tensor: Tensor, name: str, minimum: float, maximum: float, exp
         raise ValueError(f"{name}: expected {expected}, got values from {low} to {high}")
 
 
-# Under torch.compile the check is an operator that hands its tensor on, so that it stays in the graph and breaks none.
+def require_cu_seqlens(cu_seqlens: Tensor, name: str, query: Tensor, total: int, max_seqlen: int) -> Tensor:
+    """`cu_seqlens_q` or `cu_seqlens_k` as contiguous int32. Its values, where they are checked: 0 first, never
+    decreasing, `total` last, no difference above `max_seqlen`.
+    """
+    require_tensor(cu_seqlens, name, "an int32 tensor (num_seqs + 1,)")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"{name}: expected torch.int32 (or int64), got {cu_seqlens.dtype}; convert it with {name}.int()"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"{name}: expected shape (num_seqs + 1,), the cumulative lengths with a 0 before them, got "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    require_same_device(cu_seqlens, name, query)
+    if values_are_checked(cu_seqlens):
+        if torch.compiler.is_compiling():
+            cu_seqlens = torch.ops.finegrain_ops.require_cu_seqlens(cu_seqlens, name, total, max_seqlen)
+        else:
+            _check_cu_seqlens(cu_seqlens, name, total, max_seqlen)
+    return cu_seqlens.to(torch.int32).contiguous()
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, max_seqlen: int) -> None:
+    packed, longest = {"cu_seqlens_q": ("query", "max_seqlen_q"), "cu_seqlens_k": ("key", "max_seqlen_k")}[name]
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0:
+        raise ValueError(
+            f"{name}: expected the first value to be 0, got {first}; put a 0 before the cumulative lengths"
+        )
+    if cu_seqlens.shape[0] > 1:
+        shortest, largest = (int(bound) for bound in torch.aminmax(cu_seqlens.diff()))
+        if shortest < 0:
+            raise ValueError(f"{name}: expected values that never decrease, got one that is {-shortest} below the last")
+        if largest > max_seqlen:
+            raise ValueError(
+                f"{name}: expected no length above {longest} = {max_seqlen}, got one of {largest}; pass the largest "
+                f"length as {longest}"
+            )
+    if last != total:
+        raise ValueError(f"{name}: expected the last value to be {packed}'s length {total}, got {last}")
+
+
+# Under torch.compile a check of values is an operator that hands its tensor on, so that it stays in the graph and
+# breaks none.
 _LIBRARY = torch.library.Library("finegrain_ops", "FRAGMENT")
 _LIBRARY.define(
     "require_values(Tensor tensor, str name, float minimum, float maximum, str expected) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "require_cu_seqlens(Tensor cu_seqlens, str name, SymInt total, SymInt max_seqlen) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -99,8 +167,15 @@ def _require_values(tensor: Tensor, name: str, minimum: float, maximum: float, e
     return tensor.clone()
 
 
+def _require_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, max_seqlen: int) -> Tensor:
+    _check_cu_seqlens(cu_seqlens, name, total, max_seqlen)
+    return cu_seqlens.clone()
+
+
 _LIBRARY.impl("require_values", _require_values, "CompositeExplicitAutograd")
-torch.library.register_fake("finegrain_ops::require_values", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY)
+_LIBRARY.impl("require_cu_seqlens", _require_cu_seqlens, "CompositeExplicitAutograd")
+for _name in ("require_values", "require_cu_seqlens"):
+    torch.library.register_fake(f"finegrain_ops::{_name}", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY)
 torch.library.register_autograd(
     "finegrain_ops::require_values", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY
 )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from ..readout import attention_map
 
 
 class LastRowAttention:
@@ -20,12 +21,7 @@ class LastRowAttention:
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, key_bias: Tensor | None, scaling: float | None
     ) -> None:
-        group = query.shape[1] // key.shape[1]
-        row = query[:, :, -1:].float()  # (B, H, 1, D)
-        scores = (row @ key.repeat_interleave(group, dim=1).float().mT) * (scaling or query.shape[-1] ** -0.5)
-        if key_bias is not None:
-            scores = scores + key_bias[:, None, None, :]
-        received = torch.softmax(scores, dim=-1)[:, :, 0].mean(dim=1)
+        received = attention_map(query[:, :, -1:], key, key_bias=key_bias, scale=scaling, reduction="mean")
         self._sum = received if self._sum is None else self._sum + received.to(self._sum.device)
         self._layers += 1
 

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import log_weight_times_mask
 from ..errors import UnsupportedInputError, UnsupportedModelError
 from ..geometry import Box, PixelMap, check_image_size, clip_box, token_coverage, token_mask
+from ..key_bias import log_weight_times_mask
 from ..validation import describe, require_number
 from .attention_interface import interface_config
 

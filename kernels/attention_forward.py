@@ -2,45 +2,31 @@
 
     s_ij = scale * q_i . k_j + g_i b_j,   o_i = sum_j softmax_j(s_ij) v_j,   lse_i = log sum_j exp(s_ij)
 
-The bias costs nothing where it is 0: the keys of a row of blocks fall into ranges, each with a loop of its own.
-
-    keys   0 ........ bias_start ........ bias_end ........ full_end .... end
-           plain      biased              plain             masked (and biased)
-
-[0, full_end) are blocks that every row of the tile sees whole; the last few blocks hold the causal diagonal or the end
-of the keys.
-
-With scale > 0 the scores are kept as dot products: the accumulator of q . k starts at b / scale, which the tensor
-core adds for nothing, and the scale is folded into the exponent's fused multiply-add (FOLDED). Other scales are
-multiplied onto the scores first.
+Ranges of keys with a bias and without have loops of their own: see scores.py.
 """
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .key_bias import prepare_key_bias
-from .softmax import finite_maximum, online_softmax_step
-from .tuning import forward_tile
-
-LOG2_E = math.log2(math.e)
+from .arguments import AttentionInputs, parts
+from .head_dim import add_weighted_rows, load_rows, scale_rows, store_rows, zero_rows
+from .scores import key_ranges, masked_scores, packed_bias_row, sequence_bounds
+from .softmax import natural_lse, online_softmax_step
 
 
 @triton.jit
 def _attend_range(
-    accumulator,  # [BLOCK_M, BLOCK_DV] float32
+    accumulator,  # parts of [BLOCK_M, VALUE_DIM] float32
     maximum,  # [BLOCK_M] float32, in units (see softmax.py)
     total,  # [BLOCK_M] float32
-    query,  # [BLOCK_M, BLOCK_D]
+    query,  # parts of [BLOCK_M, HEAD_DIM]
     key_base,
     value_base,
     bias_base,
     padding_base,
     gate,  # [BLOCK_M] int1, read only with HAS_GATE
-    rows,  # [BLOCK_M] int32: the last key that a row may see, under a causal mask
+    last_key,  # [BLOCK_M] int32: the last key that a row may see, under a causal mask
     start,
     end,
     num_keys,
@@ -55,77 +41,54 @@ def _attend_range(
     HAS_GATE: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     FOLDED: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
-    dims = tl.arange(0, BLOCK_D)
-    value_dims = tl.arange(0, BLOCK_DV)
-    block_keys = tl.arange(0, BLOCK_N)
+    block = tl.arange(0, BLOCK_N)
+    # Offsets are carried from block to block, in 32 bits where these suffice: the shortest code for an address.
+    first = tl.cast(start, tl.int64) if WIDE_OFFSETS else start
+    key_offset, value_offset, bias_block = first * key_stride_n, first * value_stride_n, bias_base + start
     for first_key in tl.range(start, end, BLOCK_N):
-        keys = first_key + block_keys  # [BLOCK_N]
-        # int64 before the multiplication: a long cache with many heads per row passes 2^31 elements.
-        key_block = key_base + tl.cast(first_key, tl.int64) * key_stride_n
-        value_block = value_base + tl.cast(first_key, tl.int64) * value_stride_n
-        key_address = key_block + block_keys[None, :] * key_stride_n + dims[:, None]
-        value_address = value_block + block_keys[:, None] * value_stride_n + value_dims[None, :]
-        if MASKED:
-            inside = keys < num_keys
-            key = tl.load(key_address, mask=inside[None, :] & (dims[:, None] < HEAD_DIM), other=0.0)
-            value = tl.load(value_address, mask=inside[:, None] & (value_dims[None, :] < VALUE_DIM), other=0.0)
-        else:
-            key = (
-                tl.load(key_address, mask=dims[:, None] < HEAD_DIM, other=0.0)
-                if HEAD_DIM != BLOCK_D
-                else tl.load(key_address)
-            )
-            value = (
-                tl.load(value_address, mask=value_dims[None, :] < VALUE_DIM, other=0.0)
-                if VALUE_DIM != BLOCK_DV
-                else tl.load(value_address)
-            )
-
-        # [BLOCK_M, BLOCK_D] . [BLOCK_D, BLOCK_N] -> [BLOCK_M, BLOCK_N]
-        scores = tl.dot(query, key, input_precision="ieee")
-        if not FOLDED:
-            scores = scores * score_multiplier
-        if BIASED:
-            bias = tl.load(bias_base + keys, mask=keys < num_keys, other=0.0) if MASKED else tl.load(bias_base + keys)
-            if HAS_GATE:
-                scores = scores + tl.where(gate[:, None], bias[None, :], 0.0)
-            else:
-                scores = scores + bias[None, :]
-            if HAS_PADDING:
-                attend = tl.load(
-                    padding_base + tl.cast(keys, tl.int64) * padding_stride_n, mask=keys < num_keys, other=1
-                )
-                scores = tl.where(attend[None, :] != 0, scores, float("-inf"))
-        if MASKED:
-            visible = inside[None, :]
-            if IS_CAUSAL:
-                visible = visible & (keys[None, :] <= rows[:, None])
-            scores = tl.where(visible, scores, float("-inf"))
-
+        inside = first_key + block < num_keys  # [BLOCK_N]
+        key = load_rows(key_base + key_offset, block, key_stride_n, inside, HEAD_DIM, D0, D1, D2, MASKED)
+        value = load_rows(value_base + value_offset, block, value_stride_n, inside, VALUE_DIM, DV0, DV1, DV2, MASKED)
+        # Rows of prepared bias begin at multiples of 128 elements, blocks at multiples of BLOCK_N: vector loads.
+        bias_address = tl.multiple_of(bias_block, 16) + block
+        # fmt: off
+        scores = masked_scores(
+            query, key, bias_address, padding_base, gate, last_key, first_key, block, inside, padding_stride_n,
+            score_multiplier, BIASED, MASKED, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED)
+        # fmt: on
         probabilities, correction, maximum, total = online_softmax_step(scores, maximum, total, factor)
-        accumulator = accumulator * correction[:, None]
-        accumulator = tl.dot(probabilities.to(value.dtype), value, accumulator, input_precision="ieee")
+        accumulator = add_weighted_rows(scale_rows(accumulator, correction), probabilities, value)
+        key_offset += BLOCK_N * key_stride_n
+        value_offset += BLOCK_N * value_stride_n
+        bias_block += BLOCK_N
     return accumulator, maximum, total
 
 
 # Lengths change at every step of a decode; specialising on them would compile the kernel again and again.
-@triton.jit(do_not_specialize=["num_queries", "num_keys"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "longest_query"])
 def attention_forward_kernel(
     query_ptr,
     key_ptr,
     value_ptr,
-    bias_ptr,  # (B, 1 or H, Nk) float32, prepared: in units when FOLDED, otherwise times log2(e)
-    range_ptr,  # (B, 1 or H, 2) int32: the keys whose bias is not 0
+    bias_ptr,  # float32, prepared (key_bias.py)
+    range_ptr,  # (sequences, 1 or H, 4) int32 (key_bias.py)
     padding_ptr,  # (B, Nk) uint8, read only with HAS_PADDING
-    gate_ptr,  # (B, Nq) uint8, read only with HAS_GATE
+    gate_ptr,  # (B, Nq) or (Tq,) uint8, read only with HAS_GATE
+    cu_seqlens_q_ptr,  # (sequences + 1,) int32, read only with PACKED
+    cu_seqlens_k_ptr,
     output_ptr,
-    lse_ptr,  # (B, H, Nq) float32 contiguous
+    lse_ptr,  # float32, read only with RETURN_LSE
     query_stride_b,
     query_stride_h,
     query_stride_n,
@@ -137,6 +100,8 @@ def attention_forward_kernel(
     value_stride_n,
     bias_stride_b,
     bias_stride_h,
+    range_stride_b,
+    range_stride_h,
     padding_stride_b,
     padding_stride_n,
     gate_stride_b,
@@ -144,198 +109,127 @@ def attention_forward_kernel(
     output_stride_b,
     output_stride_h,
     output_stride_n,
+    lse_stride_b,
+    lse_stride_h,
     num_heads,
     group_size,
-    num_queries,
+    num_queries,  # with PACKED those of all sequences together, and so num_keys
     num_keys,
+    longest_query,
     score_multiplier,
     factor,
+    lowest,
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_GATE: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
+    PACKED: tl.constexpr,
     RETURN_LSE: tl.constexpr,
     FOLDED: tl.constexpr,
+    WIDE_OFFSETS: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
     VALUE_DIM: tl.constexpr,
+    DV0: tl.constexpr,
+    DV1: tl.constexpr,
+    DV2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
 ):
-    """One program per (batch, head, tile of BLOCK_M rows); the tiles of a head are neighbours, the longest causal ones
-    first.
+    """One program per (sequence, head, tile of BLOCK_M rows); the tiles of a head are neighbours, the longest causal
+    ones first.
     """
-    num_tiles = tl.cdiv(num_queries, BLOCK_M)
+    num_tiles = tl.cdiv(longest_query, BLOCK_M)
     tile = num_tiles - 1 - tl.program_id(0) % num_tiles
-    batch_head = tl.program_id(0) // num_tiles
-    batch = (batch_head // num_heads).to(tl.int64)
-    head = (batch_head % num_heads).to(tl.int64)
+    sequence_head = tl.program_id(0) // num_tiles
+    sequence = (sequence_head // num_heads).to(tl.int64)
+    head = (sequence_head % num_heads).to(tl.int64)
     kv_head = head // group_size
+    first_row = tile * BLOCK_M
+
+    query_base = query_ptr + (sequence * query_stride_b + head * query_stride_h) * STRIDE_UNIT
+    key_base = key_ptr + (sequence * key_stride_b + kv_head * key_stride_h) * STRIDE_UNIT
+    value_base = value_ptr + (sequence * value_stride_b + kv_head * value_stride_h) * STRIDE_UNIT
+    output_base = output_ptr + (sequence * output_stride_b + head * output_stride_h) * STRIDE_UNIT
+    query_stride_n, key_stride_n = query_stride_n * STRIDE_UNIT, key_stride_n * STRIDE_UNIT
+    value_stride_n, output_stride_n = value_stride_n * STRIDE_UNIT, output_stride_n * STRIDE_UNIT
+    lse_base = lse_ptr + sequence * lse_stride_b + head * lse_stride_h
+    bias_base = bias_ptr + sequence * bias_stride_b + head * bias_stride_h
+    padding_base = padding_ptr + sequence * padding_stride_b
+    gate_base = gate_ptr + sequence * gate_stride_b
+    if PACKED:
+        query_start, num_queries = sequence_bounds(cu_seqlens_q_ptr, sequence, num_queries)
+        key_start, num_keys = sequence_bounds(cu_seqlens_k_ptr, sequence, num_keys)
+        if first_row >= num_queries:
+            return
+        query_base += tl.cast(query_start, tl.int64) * query_stride_n
+        key_base += tl.cast(key_start, tl.int64) * key_stride_n
+        value_base += tl.cast(key_start, tl.int64) * value_stride_n
+        output_base += tl.cast(query_start, tl.int64) * output_stride_n
+        lse_base += query_start
+        gate_base += tl.cast(query_start, tl.int64) * gate_stride_n
+        bias_base += packed_bias_row(key_start, sequence)
 
     offset = num_keys - num_queries  # row i sees keys up to i + offset: bottom-right
-    first_row = tile * BLOCK_M
     rows = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     rows_64 = rows.to(tl.int64)
-    dims = tl.arange(0, BLOCK_D)
-    query = tl.load(
-        query_ptr + batch * query_stride_b + head * query_stride_h + rows_64[:, None] * query_stride_n + dims[None, :],
-        mask=(rows[:, None] < num_queries) & (dims[None, :] < HEAD_DIM),
-        other=0.0,
-    )
-    gate = rows < num_queries
+    is_row = rows < num_queries
+    query = load_rows(query_base, rows_64, query_stride_n, is_row, HEAD_DIM, D0, D1, D2, True)
+    gate = is_row
     if HAS_GATE:
-        gate = (
-            tl.load(gate_ptr + batch * gate_stride_b + rows_64 * gate_stride_n, mask=rows < num_queries, other=0) != 0
-        )
+        gate = tl.load(gate_base + rows_64 * gate_stride_n, mask=is_row, other=0) != 0
 
-    end, full_end = num_keys, num_keys // BLOCK_N * BLOCK_N
-    if IS_CAUSAL:
-        end = tl.maximum(tl.minimum(num_keys, first_row + BLOCK_M + offset), 0)
-        # The first row of the tile sees first_row + offset + 1 keys; blocks beyond those need the causal mask.
-        full_end = tl.maximum(tl.minimum(full_end, (first_row + offset + 1) // BLOCK_N * BLOCK_N), 0)
-
-    bias_base = bias_ptr
-    bias_start, bias_end = 0, 0
-    if HAS_BIAS:
-        bias_row = batch * bias_stride_b + head * bias_stride_h
-        bias_base = bias_ptr + bias_row * num_keys
-        bias_start = tl.minimum(tl.load(range_ptr + 2 * bias_row) // BLOCK_N * BLOCK_N, full_end)
-        bias_end = tl.minimum(tl.cdiv(tl.load(range_ptr + 2 * bias_row + 1), BLOCK_N) * BLOCK_N, full_end)
-        bias_end = tl.maximum(bias_end, bias_start)
-
-    key_base = key_ptr + batch * key_stride_b + kv_head * key_stride_h
-    value_base = value_ptr + batch * value_stride_b + kv_head * value_stride_h
-    padding_base = padding_ptr + batch * padding_stride_b
-
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    key_range = range_ptr + sequence * range_stride_b + head * range_stride_h
+    start, bias_start, bias_end, full_end, end = key_ranges(
+        key_range, first_row, offset, num_keys, HAS_BIAS, IS_CAUSAL, BLOCK_M, BLOCK_N
+    )
+    maximum = tl.zeros([BLOCK_M], tl.float32) + lowest
     total = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    accumulator = zero_rows(BLOCK_M, DV0, DV1, DV2)
     # fmt: off
     if HAS_BIAS:
         accumulator, maximum, total = _attend_range(
             accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
-            0, bias_start, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
-            False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV)
+            start, bias_start, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
+            False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
+            HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
         accumulator, maximum, total = _attend_range(
             accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
             bias_start, bias_end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
-            True, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV)
+            True, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
+            HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
     accumulator, maximum, total = _attend_range(
         accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
         bias_end, full_end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
-        False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV)
+        False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
+        HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
     accumulator, maximum, total = _attend_range(
         accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
         full_end, end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
-        HAS_BIAS, True, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, HEAD_DIM, VALUE_DIM, BLOCK_N, BLOCK_D, BLOCK_DV)
+        HAS_BIAS, True, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
+        HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
     # fmt: on
 
-    output = accumulator / tl.where(total == 0.0, 1.0, total)[:, None]  # a row that saw no key: 0
-    value_dims = tl.arange(0, BLOCK_DV)
-    output_base = output_ptr + batch * output_stride_b + head * output_stride_h
-    tl.store(
-        output_base + rows_64[:, None] * output_stride_n + value_dims[None, :],
-        output.to(output_ptr.dtype.element_ty),
-        mask=(rows[:, None] < num_queries) & (value_dims[None, :] < VALUE_DIM),
-    )
+    output = scale_rows(accumulator, 1.0 / tl.where(total == 0.0, 1.0, total))  # a row that saw no key: 0
+    store_rows(output_base, rows_64, output_stride_n, is_row, output, VALUE_DIM, DV0, DV1, DV2)
     if RETURN_LSE:
-        LN_2: tl.constexpr = 0.6931471805599453
-        lse = (finite_maximum(maximum) * factor + tl.log2(tl.where(total == 0.0, 1.0, total))) * LN_2
-        lse = tl.where(total == 0.0, float("-inf"), lse)
-        lse_row = (batch * num_heads + head) * num_queries + rows_64
-        tl.store(lse_ptr + lse_row, lse, mask=rows < num_queries)
+        tl.store(lse_base + rows, natural_lse(maximum, total, factor), mask=is_row)
 
 
-def attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    row_gate: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    output: Tensor,
-    lse: Tensor | None,
-    compute_capability: int,
-) -> None:
-    """Launches the kernel, which writes output (B, H, Nq, Dv), unit last stride, and lse (B, H, Nq) float32 contiguous
-    if given.
-
-    The rest is as in `backends.interface.AttentionCall`.
+def attention_forward(inputs: AttentionInputs, value: Tensor, output: Tensor, lse: Tensor | None) -> None:
+    """Launches the kernel, which writes output, of query's shape with value's last dimension, and lse (B, H, Nq) or
+    packed (H, Tq) float32 contiguous if given.
     """
-    batch, heads, num_queries, head_dim = query.shape
-    num_keys, value_dim = value.shape[2:]
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
-    launch = launch_arguments(head_dim, value_dim, query.element_size(), compute_capability, scale)
-    # Without a row gate, padding is a bias of -inf; with one it must be kept apart, since it holds for every row.
-    has_gate = row_gate is not None and key_bias is not None
-    has_bias = key_bias is not None or key_padding_mask is not None
-    prepared, key_range = query, query
-    if has_bias:
-        multiplier = 1.0 / scale if launch["FOLDED"] else LOG2_E
-        prepared, key_range = prepare_key_bias(
-            key_bias, None if has_gate else key_padding_mask, batch, num_keys, multiplier
-        )
-        if has_gate and key_padding_mask is not None:  # the biased loop must also cover the padded keys
-            _, key_range = prepare_key_bias(key_bias, key_padding_mask, batch, num_keys, multiplier)
-    bias_heads = prepared.shape[1] if has_bias else 1
-    has_padding = has_gate and key_padding_mask is not None
-    padding = key_padding_mask.view(torch.uint8) if has_padding else query
-    gate = row_gate.view(torch.uint8) if has_gate else query
-
-    grid = (batch * heads * triton.cdiv(num_queries, launch["BLOCK_M"]),)
+    tile = inputs.tile("forward", value.shape[-1])
+    grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
     attention_forward_kernel[grid](
-        query,
-        key,
-        value,
-        prepared,
-        key_range,
-        padding,
-        gate,
-        output,
-        query if lse is None else lse,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        bias_heads,
-        1 if bias_heads > 1 else 0,
-        *(padding.stride() if has_padding else (0, 0)),
-        *(gate.stride() if has_gate else (0, 0)),
-        *output.stride()[:3],
-        heads,
-        heads // key.shape[1],
-        num_queries,
-        num_keys,
-        HAS_BIAS=has_bias,
-        HAS_PADDING=has_padding,
-        HAS_GATE=has_gate,
-        IS_CAUSAL=is_causal,
+        **inputs.kernel_arguments(value=value, output=output),
+        lse_ptr=inputs.query if lse is None else lse,
+        **inputs.lse_strides(),
+        **parts("VALUE_DIM", "DV", value.shape[-1]),
         RETURN_LSE=lse is not None,
-        **launch,
+        **tile.launch_arguments(),
     )
-
-
-# With a smaller scale, bias / scale could overflow float32.
-_SMALLEST_FOLDED_SCALE = 1e-6
-
-
-def launch_arguments(head_dim: int, value_dim: int, element_size: int, compute_capability: int, scale: float) -> dict:
-    """What follows from the shapes: the tile, padded dimensions and the units of the scores."""
-    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, value_dim))
-    tile = forward_tile(compute_capability, element_size, max(block_d, block_dv))
-    folded = scale >= _SMALLEST_FOLDED_SCALE
-    return {
-        "score_multiplier": scale * LOG2_E,
-        "factor": scale * LOG2_E if folded else 1.0,
-        "FOLDED": folded,
-        "HEAD_DIM": head_dim,
-        "VALUE_DIM": value_dim,
-        "BLOCK_M": tile.BLOCK_M,
-        "BLOCK_N": tile.BLOCK_N,
-        "BLOCK_D": block_d,
-        "BLOCK_DV": block_dv,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }

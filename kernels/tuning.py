@@ -1,14 +1,24 @@
-"""The one table of tile shapes.
+"""The one table of tiles: BLOCK_M rows by BLOCK_N keys per program, warps and pipeline stages.
 
-A row is chosen by compute capability, bytes per element and the padded head dimension. Its comment says where it comes
-from: `estimate` rows are sized so that the pipeline's shared memory fits the architecture and the accumulators its
-registers, checked against the compiled machine code (tests/machine_code: nothing spilled in a hot loop), and await a
-measurement. Rows from 80 also fit the 99 KiB of shared memory of sm_86 and sm_89.
+A row is chosen by kernel, compute capability, bytes per element and the width of the head dimension (its parts added
+up, head_dim.py), and holds a tile for each regime, since each takes registers of its own:
+
+    plain    a batch of equal lengths, a head dimension that fills its parts, a scale above 0 packed   the same, with
+    sequences of different lengths uneven   a head dimension that fills its parts only partly (72, 88, 104, 120), or a
+    scale of 0 or less; batched or packed gated    with a row gate; batched or packed, even or not
+
+`source` says where the tiles come from. "no spills": the first of a list, ordered by arithmetic per byte, whose
+machine code keeps every variant in registers and within 99 KiB (sm_80, whose rows sm_86 and sm_89 share) or 227 KiB
+(sm_90) of shared memory; `make aot` checks that it stays so. "measured" rows say on which GPU. Nothing is tuned at a
+user's first call.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import asdict, dataclass
+
+from .head_dim import split_head_dim
 
 
 @dataclass(frozen=True)
@@ -20,28 +30,162 @@ class Tile:
     num_warps: int
     num_stages: int
 
-
-# (compute capability from, element bytes, padded head dim up to): Tile                               source
-_FORWARD = {
-    (80, 2, 32): Tile(128, 64, num_warps=4, num_stages=3),  # estimate
-    (80, 2, 64): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
-    (80, 2, 128): Tile(128, 32, num_warps=8, num_stages=3),  # estimate; 128 x 64 spills with a gate or odd dimensions
-    (80, 2, 256): Tile(64, 16, num_warps=8, num_stages=2),  # estimate; 64 x 32 spills with gate and padding
-    (80, 4, 64): Tile(32, 32, num_warps=8, num_stages=2),  # estimate; IEEE float32 has no tensor cores
-    (80, 4, 128): Tile(32, 16, num_warps=8, num_stages=2),  # estimate
-    (80, 4, 256): Tile(16, 16, num_warps=8, num_stages=1),  # estimate
-    (90, 2, 64): Tile(128, 128, num_warps=8, num_stages=3),  # estimate
-    (90, 2, 128): Tile(128, 64, num_warps=8, num_stages=3),  # estimate
-    (90, 2, 256): Tile(64, 32, num_warps=8, num_stages=2),  # estimate
-    (120, 2, 32): Tile(128, 64, num_warps=4, num_stages=3),  # estimate; as 80
-    (120, 2, 64): Tile(128, 64, num_warps=8, num_stages=3),  # estimate; as 80: shared memory is 99 KiB again
-    (120, 2, 128): Tile(128, 32, num_warps=8, num_stages=3),  # estimate; as 80
-    (120, 2, 256): Tile(64, 16, num_warps=8, num_stages=2),  # estimate; as 80
-}
+    def launch_arguments(self) -> dict[str, int]:
+        return asdict(self)
 
 
-def forward_tile(compute_capability: int, element_size: int, head_dim: int) -> Tile:
-    """The tile for a forward pass; head_dim is the larger of the padded dimensions of key and value."""
-    rows = [row for row in _FORWARD if row[0] <= max(compute_capability, 80) and row[1] == element_size]
-    newest = sorted(rows, key=lambda row: (-row[0], row[2]))
-    return _FORWARD[next(row for row in newest if head_dim <= row[2])]
+REGIMES = ("plain", "packed", "uneven", "gated")
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tiles of one kernel for widths up to `width` on GPUs from `compute_capability` on (until a newer row begins)."""
+
+    kernel: str
+    compute_capability: int
+    element_size: int
+    width: int
+    plain: Tile
+    packed: Tile
+    uneven: Tile
+    gated: Tile
+    source: str
+
+
+def _row(
+    kernel: str,
+    compute_capability: int,
+    element_size: int,
+    width: int,
+    plain: tuple[int, int, int, int],
+    packed: tuple[int, int, int, int] | None = None,
+    uneven: tuple[int, int, int, int] | None = None,
+    gated: tuple[int, int, int, int] | None = None,
+    source: str = "no spills",
+) -> Row:
+    """A regime that is left out takes the tile before it."""
+    packed = packed or plain
+    uneven = uneven or packed
+    tiles = (Tile(*tile) for tile in (plain, packed, uneven, gated or uneven))
+    return Row(kernel, compute_capability, element_size, width, *tiles, source)
+
+
+# fmt: off
+#         kernel      from bytes width  plain             packed            uneven            gated
+TABLE = (
+    _row("forward",        80, 2, 64,  (128, 64, 8, 3)),
+    _row("forward",        80, 2, 96,  (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 32, 8, 3)),
+    _row("forward",        80, 2, 112, (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 32, 8, 3),  (128, 32, 8, 3)),
+    _row("forward",        80, 2, 128, (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 32, 8, 3),  (64, 32, 8, 2)),
+    _row("forward",        80, 2, 256, (64, 32, 8, 2)),
+    _row("forward",        90, 2, 64,  (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    _row("forward",        90, 2, 96,  (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+    _row("forward",        90, 2, 112, (128, 128, 8, 2), (128, 64, 8, 3)),
+    _row("forward",        90, 2, 128, (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 64, 8, 2),  (128, 32, 8, 2)),
+    _row("forward",        90, 2, 256, (64, 32, 8, 2)),
+    _row("forward",        80, 4, 64,  (32, 32, 8, 2),   (32, 32, 8, 2),   (32, 32, 4, 1),   (32, 32, 4, 1)),
+    _row("forward",        80, 4, 128, (32, 16, 8, 2),   (32, 16, 8, 2),   (32, 16, 8, 2),   (16, 16, 8, 1)),
+    _row("forward",        80, 4, 256, (16, 16, 8, 1),   (16, 16, 8, 1),   (16, 16, 8, 1),   (16, 16, 8, 2)),
+
+    _row("backward_query", 80, 2, 64,  (128, 64, 8, 3)),
+    _row("backward_query", 80, 2, 112, (128, 32, 8, 2),  (128, 32, 8, 2),  (128, 32, 8, 2),  (64, 32, 8, 2)),
+    _row("backward_query", 80, 2, 128, (64, 64, 4, 2),   (64, 64, 4, 2),   (128, 32, 8, 2),  (64, 32, 4, 2)),
+    _row("backward_query", 80, 2, 256, (64, 16, 8, 2)),
+    _row("backward_query", 90, 2, 64,  (128, 128, 8, 2), (128, 128, 8, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
+    _row("backward_query", 90, 2, 112, (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 32, 8, 2)),
+    _row("backward_query", 90, 2, 128, (128, 64, 8, 3),  (128, 64, 8, 3),  (128, 32, 8, 2),  (128, 32, 8, 2)),
+    _row("backward_query", 90, 2, 256, (32, 32, 8, 2),   (32, 32, 8, 2),   (32, 16, 4, 2),   (32, 16, 4, 2)),
+    _row("backward_query", 80, 4, 64,  (32, 32, 8, 2),   (32, 32, 8, 2),   (32, 32, 8, 2),   (16, 32, 4, 1)),
+    _row("backward_query", 80, 4, 128, (16, 16, 8, 1)),
+    _row("backward_query", 80, 4, 256, (16, 16, 16, 2)),
+
+    _row("backward_keys",  80, 2, 64,  (32, 128, 8, 3)),
+    _row("backward_keys",  80, 2, 96,  (32, 128, 8, 2),  (32, 128, 8, 2),  (32, 128, 8, 2),  (16, 64, 8, 2)),
+    _row("backward_keys",  80, 2, 112, (32, 32, 8, 2),   (32, 32, 8, 2),   (32, 32, 8, 2),   (16, 32, 4, 2)),
+    _row("backward_keys",  80, 2, 128, (64, 64, 8, 2)),
+    _row("backward_keys",  80, 2, 256, (32, 32, 8, 2)),
+    _row("backward_keys",  90, 2, 64,  (64, 128, 8, 3)),
+    _row("backward_keys",  90, 2, 112, (32, 128, 8, 2)),
+    _row("backward_keys",  90, 2, 128, (32, 128, 8, 3),  (32, 64, 8, 2),   (32, 64, 8, 2),   (16, 64, 8, 2)),
+    _row("backward_keys",  90, 2, 256, (32, 32, 8, 2)),
+    _row("backward_keys",  80, 4, 64,  (32, 32, 8, 2)),
+    _row("backward_keys",  80, 4, 128, (32, 16, 8, 2)),
+    _row("backward_keys",  80, 4, 256, (16, 16, 8, 1)),
+
+    # On sm_90, with the loads of a second stage ptxas would let the wgmma of this one wait for one another (C7515).
+    _row("map_backward_query", 80, 2, 64,  (128, 64, 8, 3)),
+    _row("map_backward_query", 80, 2, 112, (128, 32, 8, 2), (128, 32, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
+    _row("map_backward_query", 80, 2, 128, (64, 64, 4, 2),  (64, 64, 4, 2),  (128, 32, 8, 2), (64, 32, 4, 2)),
+    _row("map_backward_query", 80, 2, 256, (64, 16, 8, 2)),
+    _row("map_backward_query", 90, 2, 64,  (128, 64, 8, 1)),
+    _row("map_backward_query", 90, 2, 128, (128, 64, 8, 1), (128, 64, 8, 1), (128, 32, 8, 1), (128, 32, 8, 1)),
+    _row("map_backward_query", 90, 2, 256, (32, 32, 8, 2),  (32, 32, 8, 2),  (32, 16, 4, 2),  (32, 16, 4, 2)),
+    _row("map_backward_query", 80, 4, 64,  (32, 32, 8, 2),  (32, 32, 8, 2),  (32, 32, 8, 2),  (16, 32, 4, 1)),
+    _row("map_backward_query", 80, 4, 128, (16, 16, 8, 1)),
+    _row("map_backward_query", 80, 4, 256, (16, 16, 16, 2)),
+
+    _row("map_rows",       80, 2, 64,  (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (128, 64, 8, 3)),
+    _row("map_rows",       80, 2, 128, (128, 64, 8, 3)),
+    _row("map_rows",       80, 2, 256, (128, 32, 8, 2)),
+    _row("map_rows",       90, 2, 128, (128, 64, 8, 3)),
+    _row("map_rows",       90, 2, 256, (128, 64, 8, 2)),
+    _row("map_rows",       80, 4, 64,  (32, 32, 8, 2)),
+    _row("map_rows",       80, 4, 128, (32, 16, 8, 2)),
+    _row("map_rows",       80, 4, 256, (16, 16, 8, 2)),
+    _row("map_columns",    80, 2, 64,  (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)),
+    _row("map_columns",    80, 2, 128, (64, 128, 8, 3)),
+    _row("map_columns",    80, 2, 256, (32, 128, 8, 2)),
+    _row("map_columns",    90, 2, 64,  (128, 128, 8, 3)),
+    _row("map_columns",    90, 2, 128, (128, 128, 8, 3), (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)),
+    _row("map_columns",    90, 2, 256, (64, 128, 8, 2)),
+    _row("map_columns",    80, 4, 64,  (32, 32, 8, 2)),
+    _row("map_columns",    80, 4, 128, (32, 16, 8, 2)),
+    _row("map_columns",    80, 4, 256, (16, 16, 8, 2)),
+
+    # The rows of a KV group: 16, or 32 and 64 (wide). BLOCK_M is the largest; attention_decode.py takes what it needs.
+    _row("decode",         80, 2, 128, (16, 64, 4, 3)),
+    _row("decode",         80, 2, 256, (16, 64, 8, 2)),
+    _row("decode",         80, 4, 64,  (16, 32, 4, 2)),
+    _row("decode",         80, 4, 128, (16, 32, 8, 2)),
+    _row("decode",         80, 4, 256, (16, 16, 8, 2)),
+    _row("decode_wide",    80, 2, 128, (64, 64, 8, 2)),
+    _row("decode_wide",    80, 2, 256, (64, 16, 8, 2)),
+    _row("decode_wide",    90, 2, 128, (64, 64, 8, 2)),
+    _row("decode_wide",    90, 2, 256, (64, 32, 8, 1)),
+    _row("decode_wide",    80, 4, 64,  (64, 32, 8, 2)),
+    _row("decode_wide",    80, 4, 128, (64, 16, 8, 2)),
+    _row("decode_wide",    80, 4, 256, (64, 16, 16, 1)),
+)
+# fmt: on
+
+
+@functools.lru_cache(maxsize=1024)
+def tile_for(kernel: str, compute_capability: int, element_size: int, *head_dims: int, regime: str = "plain") -> Tile:
+    """The tile of `kernel` for the widest of the head dimensions (of key, and of value where they differ)."""
+    width = max(sum(split_head_dim(dim)) for dim in head_dims)
+    row = row_for(kernel, compute_capability, element_size, width)
+    tile: Tile = getattr(row, regime)
+    return tile
+
+
+def row_for(kernel: str, compute_capability: int, element_size: int, width: int) -> Row:
+    """The newest architecture's row that is not newer than the GPU, of those the narrowest that is wide enough."""
+    architecture = max(80, _shared_memory_as(compute_capability))
+    rows = [r for r in TABLE if r.kernel == kernel and r.element_size == element_size and width <= r.width]
+    return max(
+        (r for r in rows if r.compute_capability <= architecture), key=lambda r: (r.compute_capability, -r.width)
+    )
+
+
+def _shared_memory_as(compute_capability: int) -> int:
+    """sm_120 is newer than sm_90, yet has no wgmma and 99 KiB of shared memory: it takes the rows of sm_80."""
+    return 80 if compute_capability >= 120 else compute_capability
+
+
+def decode_splits(programs: int, num_keys: int, num_processors: int, block_n: int) -> int:
+    """Into how many parts the keys of each head are dealt, so that every processor has two to read at least.
+
+    A part has two blocks of keys at least, and there are no more than 64, which the merge holds at once.
+    """
+    wanted = -(-2 * num_processors // programs)
+    return max(1, min(wanted, num_keys // (2 * block_n), 64))

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 

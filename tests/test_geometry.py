@@ -6,6 +6,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

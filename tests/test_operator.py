@@ -10,33 +10,31 @@ import torch._inductor.config
 
 import finegrain_ops
 from attention_cases import CASES
+from devices import ways
 from finegrain_ops import UnsupportedInputError, backends, reweighted_attention
 
 
-def operator_arguments(requires_grad: bool, backend: str, gate: bool = False) -> tuple:
+def operator_arguments(requires_grad: bool, backend: str, device: str, gate: bool = False) -> tuple:
     torch.manual_seed(0)
-    query = torch.randn(2, 4, 5, 8, requires_grad=requires_grad)
-    key, value = (
-        torch.randn(2, 2, 7, 8, requires_grad=requires_grad),
-        torch.randn(2, 2, 7, 6, requires_grad=requires_grad),
-    )
-    bias = torch.randn(2, 1, 7, requires_grad=requires_grad)
-    padding = torch.rand(2, 7) > 0.2
-    row_gate = torch.rand(2, 5) > 0.5 if gate else None
+    query = torch.randn(2, 4, 5, 8, device=device, requires_grad=requires_grad)
+    key, value = (torch.randn(2, 2, 7, d, device=device, requires_grad=requires_grad) for d in (8, 6))
+    bias = torch.randn(2, 1, 7, device=device, requires_grad=requires_grad)
+    padding = torch.rand(2, 7, device=device) > 0.2
+    row_gate = torch.rand(2, 5, device=device) > 0.5 if gate else None
     return query, key, value, bias, padding, row_gate, True, 0.3, True, requires_grad, backend
 
 
 @pytest.mark.parametrize("gate", [False, True], ids=["", "gate"])
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
-def test_opcheck(backend: str, requires_grad: bool, gate: bool) -> None:
+@pytest.mark.parametrize("backend", ["auto", *ways("reference", "sdpa")])
+def test_opcheck(backend: str, requires_grad: bool, gate: bool, device: str) -> None:
     operator = torch.ops.finegrain_ops.reweighted_attention.default
-    torch.library.opcheck(operator, operator_arguments(requires_grad, backend, gate))
+    torch.library.opcheck(operator, operator_arguments(requires_grad, backend, device, gate))
 
 
-@pytest.mark.parametrize("backend", ["reference", "sdpa"])
-def test_opcheck_of_the_backward(backend: str) -> None:
-    query, key, value, bias, padding, gate, is_causal, scale, *_ = operator_arguments(False, backend, gate=True)
+@pytest.mark.parametrize("backend", ways("reference", "sdpa"))
+def test_opcheck_of_the_backward(backend: str, device: str) -> None:
+    query, key, value, bias, padding, gate, is_causal, scale, *_ = operator_arguments(False, backend, device, gate=True)
     output, lse = torch.ops.finegrain_ops.reweighted_attention(
         query, key, value, bias, padding, gate, is_causal, scale, True, True, backend
     )
@@ -54,7 +52,7 @@ def test_opcheck_of_the_value_check() -> None:
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+def test_compiles_without_a_graph_break(dynamic: bool, device: str) -> None:
     """Every argument, forward and backward; dynamic shapes trace once for all lengths."""
 
     def layer(arguments: dict) -> torch.Tensor:
@@ -64,7 +62,7 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for name in ("bias and region", "row gate and padding", "knock-out", "decode", "soft region, weight per batch"):
-        arguments = CASES[name].tensors(torch.float32)
+        arguments = CASES[name].tensors(torch.float32, device)
         names = [n for n, t in arguments.items() if isinstance(t, torch.Tensor) and t.is_floating_point()]
         results = []
         for function in (layer, compiled):
@@ -107,11 +105,11 @@ def test_values_on_a_device_are_checked_only_on_request(monkeypatch) -> None:
     assert values_are_checked(on_device)
 
 
-def test_gradient_under_checkpointing() -> None:
+def test_gradient_under_checkpointing(device: str) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    query, key, value = (torch.randn(1, 2, 9, 8, requires_grad=True) for _ in range(3))
-    bias = torch.randn(9, requires_grad=True)
+    query, key, value = (torch.randn(1, 2, 9, 8, device=device, requires_grad=True) for _ in range(3))
+    bias = torch.randn(9, device=device, requires_grad=True)
 
     def layer(*tensors: torch.Tensor) -> torch.Tensor:
         return reweighted_attention(*tensors[:3], key_bias=tensors[3], is_causal=True).square()
@@ -140,7 +138,6 @@ def test_a_named_backend_never_falls_back() -> None:
     else:  # under the interpreter: every reason is listed
         assert "float64 is not supported" in message
         assert "at most 256" in message
-        assert "no backward pass" in message
     assert 'pass backend="auto"' in message
     assert isinstance(error.value, NotImplementedError)
     with pytest.raises(UnsupportedInputError, match="no CUDA C\\+\\+ kernels yet"):
@@ -151,8 +148,8 @@ def test_every_reason_is_listed(monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     features = backends.interface.AttentionFeatures("cpu", None, torch.bfloat16, 300, 512, True)
     reasons = backends.load("triton").not_supported_reasons(features)
-    assert len(reasons) == 4
-    assert [word in reason for word, reason in zip(("bfloat16", "300", "512", "backward"), reasons)] == [True] * 4
+    assert len(reasons) == 3
+    assert [word in reason for word, reason in zip(("bfloat16", "300", "512"), reasons)] == [True] * 3
 
 
 def test_float64_only_on_cpu() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 

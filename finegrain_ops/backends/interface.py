@@ -56,6 +56,85 @@ def new_output(query: Tensor, num_rows: int, dim: int) -> Tensor:
     return query.new_empty(batch, num_rows, heads, dim).transpose(1, 2)
 
 
+@dataclass(frozen=True)
+class PackedCall:
+    """One validated call on packed sequences, which lie one after another without padding.
+
+    query (Tq, H, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv), any strides. Sequence s holds the rows cu_seqlens_q[s] up
+    to cu_seqlens_q[s + 1] of query and likewise of key; both cu_seqlens are (num_seqs + 1,) int32, contiguous, on
+    query's device. On a device nobody has looked at their values: nothing may be read or written out of bounds whatever
+    they are. No length is above max_seqlen_q or max_seqlen_k, which may be larger than any. key_bias (1 or H, Tk)
+    float32 (float64 for float64 inputs), natural-log units, may hold -inf; row_gate (Tq,) bool. Causal masking is
+    aligned bottom-right in every sequence. Rows of query in no sequence give 0 and -inf, and have gradients of 0.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_bias: Tensor | None
+    row_gate: Tensor | None
+    is_causal: bool
+    scale: float
+    return_lse: bool = True
+
+    def features(self, needs_grad: bool) -> AttentionFeatures:
+        return AttentionFeatures(
+            device_type=self.query.device.type,
+            device_index=self.query.device.index,
+            dtype=self.query.dtype,
+            head_dim=self.query.shape[-1],
+            value_dim=self.value.shape[-1],
+            needs_grad=needs_grad,
+            operator="reweighted_attention_varlen",
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision in which scores, lse and key_bias are kept."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class MapCall:
+    """One validated call for an attention map: map_hj = sum over the chosen rows i of softmax_j(s_ij).
+
+    query, key, key_bias, key_padding_mask, row_gate, is_causal and scale as in AttentionCall. rows (B, Nq) bool: the
+    rows that count; heads (H,) bool: the heads that count, the others give 0. lse (B, H, Nq) in compute_dtype: the
+    logsumexp of the rows where the caller has it, which saves the pass over the keys that finds it.
+    """
+
+    query: Tensor
+    key: Tensor
+    key_bias: Tensor | None
+    key_padding_mask: Tensor | None
+    row_gate: Tensor | None
+    rows: Tensor | None
+    heads: Tensor | None
+    lse: Tensor | None
+    is_causal: bool
+    scale: float
+
+    def features(self, needs_grad: bool) -> AttentionFeatures:
+        return AttentionFeatures(
+            device_type=self.query.device.type,
+            device_index=self.query.device.index,
+            dtype=self.query.dtype,
+            head_dim=self.query.shape[-1],
+            value_dim=self.query.shape[-1],
+            needs_grad=needs_grad,
+            operator="attention_map",
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision in which scores, lse, key_bias and the map are kept."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
 class AttentionFeatures(NamedTuple):
     """All of a call that may decide which backend can run it; hashable, and the same at every step of a decode."""
 
@@ -63,8 +142,9 @@ class AttentionFeatures(NamedTuple):
     device_index: int | None
     dtype: torch.dtype
     head_dim: int
-    value_dim: int
+    value_dim: int  # head_dim where there are no values
     needs_grad: bool
+    operator: str = "reweighted_attention"  # or "reweighted_attention_varlen", "attention_map"
 
 
 class AttentionGradients(NamedTuple):
@@ -76,8 +156,19 @@ class AttentionGradients(NamedTuple):
     key_bias: Tensor | None
 
 
+class MapGradients(NamedTuple):
+    """Gradients in the shapes of query, key and key_bias (None where it was not asked for)."""
+
+    query: Tensor
+    key: Tensor
+    key_bias: Tensor | None
+
+
 class Backend(Protocol):
-    """A module in this folder. It declares what it can run, and never falls back by itself."""
+    """A module in this folder. It declares what it can run, and never falls back by itself.
+
+    It is called only with tensors that hold something: ops/ answers calls without rows, keys or sequences.
+    """
 
     def unavailable_reasons(self) -> list[str]:
         """Why nothing at all can run on this machine; [] when something can."""
@@ -98,3 +189,32 @@ class Backend(Protocol):
         bias_needs_grad: bool,
     ) -> AttentionGradients:
         """The vector-Jacobian product of forward, given what forward returned."""
+
+    def packed_forward(self, call: PackedCall) -> tuple[Tensor, Tensor | None]:
+        """Output (Tq, H, Dv) and, when call.return_lse, lse (H, Tq) in compute_dtype."""
+
+    def packed_backward(
+        self,
+        call: PackedCall,
+        output: Tensor,
+        lse: Tensor,
+        grad_output: Tensor,
+        grad_lse: Tensor | None,
+        bias_needs_grad: bool,
+    ) -> AttentionGradients:
+        """The vector-Jacobian product of packed_forward, given what packed_forward returned."""
+
+    def map_forward(self, call: MapCall) -> tuple[Tensor, Tensor]:
+        """Map (B, H, Nk) and lse (B, H, Nq), both in compute_dtype; lse is call.lse where that is given.
+
+        lse may hold anything in rows that call.rows leaves out, and in heads that call.heads does.
+        """
+
+    def map_backward(self, call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: bool) -> MapGradients:
+        """The vector-Jacobian product of map_forward, lse (the given or the returned one) counted as a function of
+        query, key and key_bias.
+
+        With P = softmax(S), r the chosen rows and G = grad_map: dS_ij = r_i P_ij (G_j - sum_j P_ij G_j), from which
+        dQ = scale dS K, dK = scale dS^T Q summed over the heads of a KV group, db_j = sum_i g_i dS_ij. In heads that
+        are left out G counts as 0. grad_map (B, H, Nk) in compute_dtype, any strides.
+        """

@@ -4,19 +4,32 @@ fast.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .interface import AttentionCall, AttentionFeatures, AttentionGradients, new_output
+from .interface import (
+    AttentionCall,
+    AttentionFeatures,
+    AttentionGradients,
+    MapCall,
+    MapGradients,
+    PackedCall,
+    new_output,
+)
+
+if TYPE_CHECKING:
+    from ..kernels.arguments import AttentionInputs
 
 LARGEST_HEAD_DIM = 256
-_NO_BACKWARD = (
-    "it has no backward pass yet, and a gradient is wanted; call under torch.no_grad() or use another backend"
-)
+_OLDEST_TRITON = (3, 3)  # tuples of tensors in device functions
 
 
 def _interpreted() -> bool:
@@ -29,9 +42,29 @@ def _compute_capability(device_index: int | None) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def _num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors; the interpreter pretends to a few, so that it too splits the keys."""
+    return 8 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def _triton_version() -> tuple[int, ...]:
+    """Major and minor; a build of triton that does not say is taken for new enough."""
+    for package in ("triton", "pytorch-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return tuple(int(part) for part in importlib.metadata.version(package).split(".")[:2])
+    return _OLDEST_TRITON
+
+
 def unavailable_reasons() -> list[str]:
     if importlib.util.find_spec("triton") is None:
         return ["triton is not installed; install it with: pip install triton"]
+    if (installed := _triton_version()) < _OLDEST_TRITON:
+        return [
+            f"triton {'.'.join(map(str, installed))} is too old; the kernels need {'.'.join(map(str, _OLDEST_TRITON))} "
+            "or newer, which comes with torch 2.7"
+        ]
     if not torch.cuda.is_available() and not _interpreted():
         return ["torch sees no CUDA device (TRITON_INTERPRET=1 runs the kernels in Triton's interpreter, slowly)"]
     return []
@@ -52,33 +85,64 @@ def not_supported_reasons(features: AttentionFeatures) -> list[str]:
     for name, dim in (("query's head dimension", features.head_dim), ("value's head dimension", features.value_dim)):
         if dim > LARGEST_HEAD_DIM:
             reasons.append(f"{name} is {dim}; at most {LARGEST_HEAD_DIM} is supported")
-    if features.needs_grad:
-        reasons.append(_NO_BACKWARD)
     return reasons
 
 
-def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    from ..kernels.attention_forward import attention_forward  # imports triton, so only now
+def _inputs(call: AttentionCall | PackedCall | MapCall) -> AttentionInputs:
+    from ..kernels.arguments import AttentionInputs, Packing, addressable
 
-    output = new_output(call.query, call.query.shape[2], call.value.shape[3])
-    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32) if call.return_lse else None
-    arguments = (
-        call.query,
-        call.key,
-        call.value,
+    packing, padding = None, None
+    if isinstance(call, PackedCall):
+        packing = Packing(call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k)
+    else:
+        padding = call.key_padding_mask
+    return AttentionInputs(
+        addressable(call.query),
+        addressable(call.key),
         call.key_bias,
-        call.key_padding_mask,
+        padding,
         call.row_gate,
         call.is_causal,
         call.scale,
-        output,
-        lse,
+        80 if call.query.device.type == "cpu" else _compute_capability(call.query.device.index),
+        packing,
     )
-    if call.query.device.type == "cpu":
-        attention_forward(*arguments, compute_capability=80)
-    else:
-        with torch.cuda.device(call.query.device):
-            attention_forward(*arguments, compute_capability=_compute_capability(call.query.device.index))
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
+
+
+# The kernels import triton, so they are imported when they are first called.
+
+
+def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    from ..kernels import attention_decode
+    from ..kernels.arguments import addressable
+    from ..kernels.attention_forward import attention_forward
+
+    output = new_output(call.query, call.query.shape[2], call.value.shape[3])
+    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32) if call.return_lse else None
+    inputs, value = _inputs(call), addressable(call.value)
+    with _on_device_of(call.query):
+        if attention_decode.suits(inputs):
+            attention_decode.attention_decode(inputs, value, output, lse, _num_processors(call.query.device))
+        else:
+            attention_forward(inputs, value, output, lse)
+    return output, lse
+
+
+def packed_forward(call: PackedCall) -> tuple[Tensor, Tensor | None]:
+    from ..kernels.arguments import addressable
+    from ..kernels.attention_forward import attention_forward
+
+    total, heads = call.query.shape[:2]
+    # Rows that belong to no sequence are never written.
+    output = call.query.new_zeros(total, heads, call.value.shape[2])
+    lse = call.query.new_full((heads, total), float("-inf"), dtype=torch.float32) if call.return_lse else None
+    with _on_device_of(call.query):
+        attention_forward(_inputs(call), addressable(call.value), output, lse)
     return output, lse
 
 
@@ -90,4 +154,67 @@ def backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    raise NotImplementedError(_NO_BACKWARD)
+    gradients = [new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key, call.value)]
+    return _backward(call, output, lse, grad_output, grad_lse, gradients, bias_needs_grad)
+
+
+def packed_backward(
+    call: PackedCall,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    bias_needs_grad: bool,
+) -> AttentionGradients:
+    gradients = [t.new_zeros(t.shape) for t in (call.query, call.key, call.value)]
+    return _backward(call, output, lse, grad_output, grad_lse, gradients, bias_needs_grad)
+
+
+def _backward(
+    call: AttentionCall | PackedCall,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    gradients: list[Tensor],
+    bias_needs_grad: bool,
+) -> AttentionGradients:
+    from ..kernels.arguments import addressable
+    from ..kernels.attention_backward import attention_backward
+
+    with _on_device_of(call.query):
+        grad_bias = attention_backward(
+            _inputs(call),
+            addressable(call.value),
+            addressable(output),
+            lse,
+            addressable(grad_output),
+            None if grad_lse is None else grad_lse.contiguous(),
+            *gradients,
+            bias_needs_grad,
+        )
+    if grad_bias is not None:
+        assert call.key_bias is not None
+        grad_bias = grad_bias.sum_to_size(call.key_bias.shape)
+    return AttentionGradients(gradients[0], gradients[1], gradients[2], grad_bias)
+
+
+def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
+    from ..kernels.attention_map import attention_map
+
+    with _on_device_of(call.query):
+        return attention_map(_inputs(call), call.rows, call.heads, None if call.lse is None else call.lse.contiguous())
+
+
+def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: bool) -> MapGradients:
+    from ..kernels.attention_map import attention_map_backward
+
+    gradients = [new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key)]
+    with _on_device_of(call.query):
+        grad_bias = attention_map_backward(
+            _inputs(call), call.rows, call.heads, lse.contiguous(), grad_map, *gradients, bias_needs_grad
+        )
+    if grad_bias is not None:
+        assert call.key_bias is not None
+        grad_bias = grad_bias.sum_to_size(call.key_bias.shape)
+    return MapGradients(gradients[0], gradients[1], grad_bias)

@@ -9,18 +9,24 @@ bias columns softmax(scale * [q, g] . [k, b / scale]) = softmax(scale * q.k + g 
              device. In half precision b / scale is split over three columns, so that it keeps at least 24 bits.
 
 operands.py puts the bias in, engines.py holds the two ways to call SDPA, pieces.py cuts a bottom-right causal mask into
-what SDPA knows. This file joins them.
+what SDPA knows. This file joins them. Packed sequences run through the same forward and backward (../unpacking.py); an
+attention map cannot, since SDPA returns no probabilities.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from ..interface import AttentionCall, AttentionFeatures, AttentionGradients
+from .. import unpacking
+from ..interface import AttentionCall, AttentionFeatures, AttentionGradients, MapCall, MapGradients, PackedCall
 from . import engines
 from .operands import Operands, make_operands
 from .pieces import empty_rows, merge, split
+
+_NO_MAPS = "PyTorch's SDPA returns no probabilities, so it has no attention map"
 
 
 def unavailable_reasons() -> list[str]:
@@ -28,13 +34,41 @@ def unavailable_reasons() -> list[str]:
 
 
 def not_supported_reasons(features: AttentionFeatures) -> list[str]:
+    reasons = []
+    if features.operator == "attention_map":
+        reasons.append(_NO_MAPS)
     if features.dtype == torch.float64 and features.device_type != "cpu":
-        return [f"float64 runs on cpu only, query is on {features.device_type}; use float32"]
-    return []
+        reasons.append(f"float64 runs on cpu only, query is on {features.device_type}; use float32")
+    return reasons
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    return _forward(call, engines.choose(call.query.device))
+    engine = engines.choose(call.query.device)
+    if not _heads_fold(call):
+        return _forward(call, engine)
+    output, lse = _forward(_with_heads_as_rows(call), engine)
+    shape = call.query.shape[:3]
+    return output.reshape(*shape, output.shape[-1]), None if lse is None else lse.reshape(shape)
+
+
+def _heads_fold(call: AttentionCall) -> bool:
+    """Whether the heads of a KV group can be rows of one head, which spares a copy of key and value per head of query:
+    a decode with grouped queries reads its cache once.
+    """
+    grouped = call.query.shape[1] > call.key.shape[1]
+    one_bias = call.key_bias is None or call.key_bias.shape[1] == 1
+    return grouped and one_bias and (call.query.shape[2] == 1 or not call.is_causal)
+
+
+def _with_heads_as_rows(call: AttentionCall) -> AttentionCall:
+    """query (B, H, Nq, D) -> (B, Hkv, H / Hkv * Nq, D)."""
+    group, rows = call.query.shape[1] // call.key.shape[1], call.query.shape[2]
+    return replace(
+        call,
+        query=call.query.reshape(call.query.shape[0], -1, group * rows, call.query.shape[-1]),
+        row_gate=None if call.row_gate is None else call.row_gate.repeat(1, group),
+        is_causal=False,  # a single row sees every key
+    )
 
 
 def backward(
@@ -49,6 +83,29 @@ def backward(
     if engine.backward is None:
         return _recomputed_backward(call, engine, grad_output, grad_lse, bias_needs_grad)
     return _kernel_backward(call, engine, output, lse, grad_output, grad_lse, bias_needs_grad)
+
+
+def packed_forward(call: PackedCall) -> tuple[Tensor, Tensor | None]:
+    return unpacking.forward(call, forward)
+
+
+def packed_backward(
+    call: PackedCall,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    bias_needs_grad: bool,
+) -> AttentionGradients:
+    return unpacking.backward(call, output, lse, grad_output, grad_lse, bias_needs_grad, backward)
+
+
+def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError(_NO_MAPS)
+
+
+def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: bool) -> MapGradients:
+    raise NotImplementedError(_NO_MAPS)
 
 
 def _forward(call: AttentionCall, engine: engines.Engine) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,4 @@
-"""The operators as torch.library knows them: schema, shapes for tracing, and autograd, each declared once.
-
-Nothing here validates (the public functions did) or imports a backend; `backends.select` says which module runs.
-Outputs and gradients lie in memory as the inputs that they are like (`backends.interface.new_output`).
-"""
+"""`reweighted_attention` on (B, H, N, D) tensors. Results lie in memory as the inputs that they are like."""
 
 from __future__ import annotations
 
@@ -11,29 +7,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
-from .backends.interface import AttentionCall, new_output
+from .. import backends
+from ..backends.interface import AttentionCall, new_output
+from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast
 
-_LIBRARY = torch.library.Library("finegrain_ops", "DEF")
-
-# Outputs lie in memory as query does, so a compiler must hand the inputs over with the strides that it traced.
-_TAGS = (
-    torch.Tag.pt2_compliant_tag,
-    getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),  # exact: torch 2.8 and later
-)
-
-_LIBRARY.define(
+LIBRARY.define(
     "reweighted_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_padding_mask, "
     "Tensor? row_gate, bool is_causal, float scale, bool return_lse, bool needs_grad, str backend) "
     "-> (Tensor output, Tensor lse)",
-    tags=_TAGS,
+    tags=TAGS,
 )
-_LIBRARY.define(
+LIBRARY.define(
     "reweighted_attention_backward(Tensor grad_output, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, "
     "Tensor? key_bias, Tensor? key_padding_mask, Tensor? row_gate, Tensor output, Tensor lse, bool is_causal, "
     "float scale, bool bias_needs_grad, str backend) "
     "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_key_bias)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 
 reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default
@@ -41,19 +30,10 @@ reweighted_attention_backward = torch.ops.finegrain_ops.reweighted_attention_bac
 
 
 def _new_lse(query: Tensor, return_lse: bool) -> Tensor:
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    return query.new_empty(query.shape[:3] if return_lse else (0,), dtype=dtype)
+    return new_scores(query, query.shape[:3] if return_lse else (0,))
 
 
-def _laid_out_as(result: Tensor, like: Tensor) -> Tensor:
-    """`result` itself if it lies in memory as `new_output(like, ...)` does, otherwise a copy that does."""
-    rows_outer = result if like.is_contiguous() else result.transpose(1, 2)
-    if rows_outer.is_contiguous() and result.dtype == like.dtype:
-        return result
-    return new_output(like, result.shape[2], result.shape[3]).copy_(result)
-
-
-@torch.library.register_fake("finegrain_ops::reweighted_attention", lib=_LIBRARY)
+@torch.library.register_fake("finegrain_ops::reweighted_attention", lib=LIBRARY)
 def _fake(
     query: Tensor,
     key: Tensor,
@@ -91,10 +71,10 @@ def _forward(
     output, lse = chosen.forward(call)
     # A backend may return an lse that nobody wants.
     lse = _new_lse(query, False) if lse is None or not return_lse else lse.contiguous()
-    return _laid_out_as(output, query), lse
+    return laid_out_as(output, query), lse
 
 
-@torch.library.register_fake("finegrain_ops::reweighted_attention_backward", lib=_LIBRARY)
+@torch.library.register_fake("finegrain_ops::reweighted_attention_backward", lib=LIBRARY)
 def _backward_fake(
     grad_output: Tensor,
     grad_lse: Tensor | None,
@@ -112,8 +92,7 @@ def _backward_fake(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [new_output(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
-    grad_bias = lse.new_empty(key_bias.shape if bias_needs_grad and key_bias is not None else (0,))
-    return grads[0], grads[1], grads[2], grad_bias
+    return grads[0], grads[1], grads[2], new_bias_gradient(query, key_bias, bias_needs_grad)
 
 
 def _backward(
@@ -134,22 +113,21 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale)
     chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
-    no_bias = lse.new_empty((0,))
     if output.numel() == 0 or key.shape[2] == 0:
         zeros = [new_output(t, t.shape[2], t.shape[3]).zero_() for t in (query, key, value)]
-        bias_zeros = lse.new_zeros(key_bias.shape) if bias_needs_grad and key_bias is not None else no_bias
-        return zeros[0], zeros[1], zeros[2], bias_zeros
+        return zeros[0], zeros[1], zeros[2], new_bias_gradient(query, key_bias, bias_needs_grad).zero_()
     gradients = chosen.backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
+    grad_bias = gradients.key_bias
     return (
-        _laid_out_as(gradients.query, query),
-        _laid_out_as(gradients.key, key),
-        _laid_out_as(gradients.value, value),
-        no_bias if gradients.key_bias is None else gradients.key_bias.to(lse.dtype).contiguous(),
+        laid_out_as(gradients.query, query),
+        laid_out_as(gradients.key, key),
+        laid_out_as(gradients.value, value),
+        new_bias_gradient(query, None, False) if grad_bias is None else grad_bias.to(lse.dtype).contiguous(),
     )
 
 
-_LIBRARY.impl("reweighted_attention", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("reweighted_attention_backward", _backward, "CompositeExplicitAutograd")
+LIBRARY.impl("reweighted_attention", outside_autocast(_forward), "CompositeExplicitAutograd")
+LIBRARY.impl("reweighted_attention_backward", outside_autocast(_backward), "CompositeExplicitAutograd")
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -173,5 +151,5 @@ def _autograd(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> 
 
 
 torch.library.register_autograd(
-    "finegrain_ops::reweighted_attention", _autograd, setup_context=_setup_context, lib=_LIBRARY
+    "finegrain_ops::reweighted_attention", _autograd, setup_context=_setup_context, lib=LIBRARY
 )

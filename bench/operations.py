@@ -1,0 +1,74 @@
+"""The operations that are measured, and what one call of each computes and moves.
+
+FLOPs are counted, not measured, as flash-attn's papers count them: two matrix products of 2 D FLOPs per score, so
+
+    forward, decode, packed   4 * B * H * Nq * Nk * D, half of it when causal (packed: the sum over the sequences)
+    backward                  3.5 times that: forward, and 2.5 times as much for five products instead of two
+    read-out                  4 * B * H * rows * Nk * D: q.k twice (logsumexp, then the sums per key), no value;
+                              of causal rows that are not all, the visible scores
+
+A peer that computes more, such as the hidden half of a causal matrix, gets no credit for it. Decode is bound by memory;
+its bytes are K and V read once, the query read and the output written. On a CPU, whose caches are not flushed, a share
+of the ceiling may exceed 1.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cases import AttentionCase
+    from .ceilings import Ceilings
+
+FORWARD, BACKWARD, DECODE, PACKED, READ_OUT = OPERATIONS = ("forward", "backward", "decode", "packed", "read-out")
+
+TITLES = {
+    FORWARD: "Forward",
+    BACKWARD: "Forward and backward",
+    DECODE: "Decode",
+    PACKED: "Packed sequences of different lengths",
+    READ_OUT: "Read-out (attention_map)",
+}
+
+_FORWARDS_OF_WORK = {BACKWARD: 3.5}
+
+
+def score_count(case: AttentionCase) -> float:
+    """Scores that are neither hidden by the causal mask nor belong to two sequences; the diagonal counts half."""
+    if case.lengths is not None:
+        scores = sum(length * length for length in case.lengths) / (2 if case.is_causal else 1)
+    elif case.read_rows is not None:  # the last rows
+        scores = case.read_rows * (case.num_keys - (case.read_rows / 2 if case.is_causal else 0))
+    else:
+        scores = case.num_queries * case.num_keys / (2 if case.is_causal else 1)
+    return case.batch * case.heads * scores
+
+
+def flops(case: AttentionCase) -> float:
+    return _FORWARDS_OF_WORK.get(case.operation, 1.0) * 4 * case.head_dim * score_count(case)
+
+
+def decode_bytes(case: AttentionCase) -> int:
+    cache = 2 * case.num_kv_heads * case.num_keys
+    query_and_output = 2 * case.heads * case.num_queries
+    return case.batch * (cache + query_and_output) * case.head_dim * case.dtype.itemsize
+
+
+def speed(case: AttentionCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """The fields of a row that follow from its time: TFLOP/s, for decode GB/s, and the share of the machine's ceiling.
+
+    The ceiling is that of a large matrix product, for decode that of a device copy; both are of the same run.
+    """
+    tflops = flops(case) / milliseconds / 1e9
+    fields: dict[str, Any] = {"tflops": _rounded(tflops)}
+    if case.operation == DECODE:
+        gb_per_s = decode_bytes(case) / milliseconds / 1e6
+        fields |= {"bytes": decode_bytes(case), "gb_per_s": _rounded(gb_per_s)}
+        fields |= {"ceiling_gb_per_s": _rounded(ceilings.copy_gb_per_s)}
+        return fields | {"share_of_ceiling": _rounded(gb_per_s / ceilings.copy_gb_per_s)}
+    fields["ceiling_tflops"] = _rounded(ceilings.matmul_tflops)
+    return fields | {"share_of_ceiling": _rounded(tflops / ceilings.matmul_tflops)}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.5g}")
