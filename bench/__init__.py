@@ -8,4 +8,7 @@
 operations.py (what is measured, FLOPs, bytes) and cases.py (of which sizes) -> inputs.py (tensors) -> peers/ (who can
 compute them) -> agreement.py (is it right) -> sampling.py (times in turns) -> results.py (rows) -> tables.py,
 markdown.py, plots.py.
+
+aot.py with aot_*.py and machine_code.py compile the kernels for GPUs that are not here (`make aot`); gpu.py runs tests
+and benchmarks on one that is (`make gpu`).
 """

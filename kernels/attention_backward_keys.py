@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .arguments import AttentionInputs
 from .head_dim import add_weighted_rows, dot_rows, load_rows, scale_rows, store_rows, zero_rows
-from .scores import masked_scores_transposed, packed_bias_row, sequence_bounds
+from .key_bias import packed_bias_row, sequence_bounds
+from .scores import masked_scores_transposed
 
 
 @triton.jit

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .arguments import AttentionInputs
 from .head_dim import add_weighted_rows, dot_rows, load_rows, scale_rows, store_rows, zero_rows
-from .scores import key_ranges, masked_scores, packed_bias_row, sequence_bounds
+from .key_bias import packed_bias_row, sequence_bounds
+from .scores import key_ranges, masked_scores
 
 
 @triton.jit

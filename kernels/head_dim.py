@@ -132,6 +132,15 @@ def dot_rows(left, right):
 
 
 @triton.jit
+def add_dot_rows(initial, left, right):
+    """initial [M, N] + [M, D] . [N, D]^T: what the accumulator starts from costs no instruction to add."""
+    product = tl.dot(left[0], tl.trans(right[0]), initial, input_precision="ieee")
+    for i in tl.static_range(1, len(left)):
+        product = tl.dot(left[i], tl.trans(right[i]), product, input_precision="ieee")
+    return product
+
+
+@triton.jit
 def add_weighted_rows(accumulator, weights, rows):
     """accumulator [M, D] + weights [M, N] . rows [N, D]; weights are rounded to the rows' type."""
     weights = weights.to(rows[0].dtype)

@@ -17,10 +17,7 @@ multiplied onto the scores first.
 import triton
 import triton.language as tl
 
-from .head_dim import dot_rows
-from .key_bias import packed_bias_row, sequence_bounds
-
-__all__ = ["key_ranges", "masked_scores", "masked_scores_transposed", "packed_bias_row", "sequence_bounds"]
+from .head_dim import add_dot_rows, dot_rows
 
 
 @triton.jit
@@ -71,16 +68,22 @@ def masked_scores(
     FOLDED: tl.constexpr,
 ):
     """-> [BLOCK_M, BLOCK_N] in units (softmax.py), -inf where a row may not see a key."""
-    scores = dot_rows(query, key)
-    if not FOLDED:
-        scores = scores * score_multiplier
     if BIASED:
         bias = tl.load(bias_address)[None, :]
-        scores = scores + (tl.where(gate[:, None], bias, 0.0) if HAS_GATE else bias)
+        bias = tl.where(gate[:, None], bias, 0.0) if HAS_GATE else bias
+        if FOLDED:
+            BLOCK_M: tl.constexpr = query[0].shape[0]
+            scores = add_dot_rows(tl.broadcast_to(bias, (BLOCK_M, block.shape[0])), query, key)
+        else:
+            scores = dot_rows(query, key) * score_multiplier + bias
         if HAS_PADDING:
             keys_64 = tl.cast(first_key, tl.int64) + block
             attend = tl.load(padding_base + keys_64 * padding_stride_n, mask=inside, other=1)
             scores = tl.where(attend[None, :] != 0, scores, float("-inf"))
+    else:
+        scores = dot_rows(query, key)
+        if not FOLDED:
+            scores = scores * score_multiplier
     if MASKED:
         visible = inside[None, :]
         if IS_CAUSAL:
@@ -109,13 +112,19 @@ def masked_scores_transposed(
     """-> [BLOCK_N, BLOCK_M]: for kernels that keep a block of keys and walk over the rows. Rows that do not exist are
     the caller's to leave out.
     """
-    scores = dot_rows(key, query)
-    if not FOLDED:
-        scores = scores * score_multiplier
     if BIASED:
-        scores = scores + (tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None])
+        bias = tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None]
+        if FOLDED:
+            BLOCK_M: tl.constexpr = query[0].shape[0]
+            scores = add_dot_rows(tl.broadcast_to(bias, (bias.shape[0], BLOCK_M)), key, query)
+        else:
+            scores = dot_rows(key, query) * score_multiplier + bias
         if HAS_PADDING:
             scores = tl.where(attend[:, None], scores, float("-inf"))
+    else:
+        scores = dot_rows(key, query)
+        if not FOLDED:
+            scores = scores * score_multiplier
     if MASKED and IS_CAUSAL:
         scores = tl.where(keys[:, None] <= last_key[None, :], scores, float("-inf"))
     return scores
