@@ -7,7 +7,6 @@ import torch
 
 from attention_cases import ALL_CASES, Case, check_forward
 from finegrain_ops import reweighted_attention
-from finegrain_ops.backends.triton import forward as triton_forward  # noqa: F401 - the module is patched below
 from finegrain_ops.kernels import attention_decode, attention_forward
 from finegrain_ops.kernels.tuning import decode_splits
 

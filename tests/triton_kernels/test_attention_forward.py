@@ -103,14 +103,17 @@ def test_keys_that_no_row_sees_are_not_visited(
 @pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, -1e30, -1e9])
 def test_a_huge_finite_bias_is_no_removal(fill: float, device: str) -> None:
     """Where nothing better is there, a row sees its keys all the same, as a softmax would."""
-    query, key, value = torch.zeros(1, 1, 3, 16, device=device), torch.zeros(1, 1, 5, 16, device=device), None
+    query, key = torch.zeros(1, 1, 3, 16, device=device), torch.zeros(1, 1, 5, 16, device=device)
     value = torch.randn(1, 1, 5, 16, device=device)
     output = reweighted_attention(query, key, value, key_bias=torch.full((5,), fill, device=device), backend="triton")
     torch.testing.assert_close(output, value.mean(2, keepdim=True).expand_as(output))
 
 
 def test_rows_far_apart_in_memory(device: str) -> None:
-    """Offsets beyond 2^31 elements: 300 keys, 2^23 - 8 elements apart. Pages that are never touched cost no memory."""
+    """Offsets beyond 2^31 elements: 300 keys, 2^23 - 8 elements apart. Pages that are not touched cost a CPU no memory.
+
+    Only a device can overflow here: the interpreter counts with Python's integers.
+    """
     stride, num_keys = 2**23 - 8, 300
     rows = torch.randn(num_keys, 16, dtype=torch.float16, device=device)
     memory = torch.empty((num_keys - 1) * stride + 16, dtype=torch.float16, device=device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finegrain_ops import attention_map
+from finegrain_ops import attention_map, reweighted_attention
 from finegrain_ops.kernels import attention_map as kernels
 from map_cases import ALL_MAP_CASES, MAP_CASES, MapCase, check_map, check_map_gradients
 
@@ -31,25 +31,19 @@ def test_rows_begin_and_end_anywhere(first: int, length: int, is_causal: bool, d
     rows = torch.zeros(61, dtype=torch.bool, device=device)
     rows[first : first + length] = True
     bias = torch.randn(50, device=device)
-    for lse in (None, "known"):
-        if lse is not None:
-            from finegrain_ops import reweighted_attention
-
-            _, lse = reweighted_attention(
-                query, key, key, key_bias=bias, is_causal=is_causal, return_lse=True, backend="reference"
-            )
+    call = {"key_bias": bias, "is_causal": is_causal, "backend": "reference"}
+    _, known_lse = reweighted_attention(query, key, key, **call, return_lse=True)
+    for lse in (None, known_lse):
         arguments = {"rows": rows, "key_bias": bias, "is_causal": is_causal, "lse": lse, "reduction": "none"}
         expected = attention_map(query, key, **arguments, backend="reference")
         actual = attention_map(query, key, **arguments, backend="triton")
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_known_lse_saves_a_walk_over_the_keys(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def test_a_known_lse_saves_a_walk_over_the_keys(device: str) -> None:
     """It is believed: with another lse the map is scaled, where computing it anew would not be."""
     query, key = torch.randn(2, 1, 2, 30, 16, device=device).unbind(0)
     expected = attention_map(query, key, backend="reference")
-    from finegrain_ops import reweighted_attention
-
     _, lse = reweighted_attention(query, key, key, return_lse=True, backend="reference")
     actual = attention_map(query, key, lse=lse - torch.log(torch.tensor(2.0)), backend="triton")
     torch.testing.assert_close(actual, 2.0 * expected, atol=1e-5, rtol=1e-5)
