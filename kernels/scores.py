@@ -112,19 +112,13 @@ def masked_scores_transposed(
     """-> [BLOCK_N, BLOCK_M]: for kernels that keep a block of keys and walk over the rows. Rows that do not exist are
     the caller's to leave out.
     """
-    if BIASED:
-        bias = tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None]
-        if FOLDED:
-            BLOCK_M: tl.constexpr = query[0].shape[0]
-            scores = add_dot_rows(tl.broadcast_to(bias, (bias.shape[0], BLOCK_M)), key, query)
-        else:
-            scores = dot_rows(key, query) * score_multiplier + bias
+    scores = dot_rows(key, query)
+    if not FOLDED:
+        scores = scores * score_multiplier
+    if BIASED:  # not as the initial value of the product, as above: these kernels have no register to spare
+        scores = scores + (tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None])
         if HAS_PADDING:
             scores = tl.where(attend[:, None], scores, float("-inf"))
-    else:
-        scores = dot_rows(key, query)
-        if not FOLDED:
-            scores = scores * score_multiplier
     if MASKED and IS_CAUSAL:
         scores = tl.where(keys[:, None] <= last_key[None, :], scores, float("-inf"))
     return scores
