@@ -157,29 +157,33 @@ class AttentionInputs:
         return {"lse_stride_b": per_sequence, "lse_stride_h": self.rows_in_memory}
 
     def kernel_arguments(self, **tensors: Tensor) -> dict[str, Any]:
-        """The arguments that the kernels with a prepared bias share, and pointers and strides of `tensors`, which are
-        laid out as query or key is. Pointers that a kernel does not read hold query.
+        """What kernels for batched and for packed tensors share: batched_arguments, and where the sequences begin."""
+        packing = self.packing
+        return {
+            **self.batched_arguments(**tensors),
+            "cu_seqlens_q_ptr": self.query if packing is None else packing.cu_seqlens_q,
+            "cu_seqlens_k_ptr": self.query if packing is None else packing.cu_seqlens_k,
+            "PACKED": packing is not None,
+        }
+
+    def batched_arguments(self, **tensors: Tensor) -> dict[str, Any]:
+        """What kernels with a prepared bias share: shared_arguments, and that bias. Padding is part of it where no row
+        gate is; so HAS_PADDING is for kernels that have to read it apart.
         """
-        prepared, packing, padded = (
-            self.prepared_bias,
-            self.packing,
-            self.has_gate and self.key_padding_mask is not None,
-        )
+        prepared = self.prepared_bias
         bias: dict[str, Any] = {"bias_ptr": self.query, "range_ptr": self.query}
         bias |= dict.fromkeys(("bias_stride_b", "bias_stride_h", "range_stride_b", "range_stride_h"), 0)
         return {
             **self.shared_arguments(**tensors),
             **(bias if prepared is None else prepared.kernel_arguments()),
-            "cu_seqlens_q_ptr": self.query if packing is None else packing.cu_seqlens_q,
-            "cu_seqlens_k_ptr": self.query if packing is None else packing.cu_seqlens_k,
-            "longest_query": self.longest_query,
             "HAS_BIAS": prepared is not None,
-            "HAS_PADDING": padded,  # otherwise padding is part of the prepared bias
-            "PACKED": packing is not None,
+            "HAS_PADDING": self.has_gate and self.key_padding_mask is not None,
         }
 
     def shared_arguments(self, **tensors: Tensor) -> dict[str, Any]:
-        """Those that all kernels share, a prepared bias or not."""
+        """What all kernels share: pointers and strides of query, key and `tensors`, which are laid out alike, and
+        what follows from the call. Pointers that a kernel does not read hold query.
+        """
         padding = None if self.key_padding_mask is None else self.key_padding_mask.view(torch.uint8)
         gate = self.row_gate.view(torch.uint8) if self.row_gate is not None and self.has_gate else None
         return {
@@ -197,7 +201,6 @@ class AttentionInputs:
             "num_keys": self.keys_in_memory,
             "score_multiplier": self.units.score_multiplier,
             "factor": self.units.factor,
-            "lowest": self.units.lowest,
             "HAS_GATE": self.has_gate,
             "IS_CAUSAL": self.is_causal,
             "FOLDED": self.units.FOLDED,
@@ -206,8 +209,15 @@ class AttentionInputs:
         }
 
 
+def strides_of(tensor: Tensor) -> tuple[int, int, int]:
+    """Of a sequence, a head and a row, in elements: (B, H, N, D), or packed (T, H, D), which has no sequence stride."""
+    if tensor.dim() == 4:
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    return 0, tensor.stride(1), tensor.stride(0)
+
+
 def row_stride(tensor: Tensor) -> int:
-    return tensor.stride(-2) if tensor.dim() == 4 else tensor.stride(0)
+    return strides_of(tensor)[2]
 
 
 # A pointer moved by a multiple of this many elements stays aligned to 16 bytes in half precision, and to 32 in float32.
@@ -222,7 +232,7 @@ def _strides(tensors: dict[str, Tensor]) -> dict[str, int]:
     """
     strides = {}
     for name, tensor in tensors.items():
-        b, h, n = tensor.stride()[:3] if tensor.dim() == 4 else (0, tensor.stride(1), tensor.stride(0))
+        b, h, n = strides_of(tensor)
         strides |= {f"{name}_stride_b": b, f"{name}_stride_h": h, f"{name}_stride_n": n}
     unit = _ALIGNED_ELEMENTS if all(stride % _ALIGNED_ELEMENTS == 0 for stride in strides.values()) else 1
     return {name: stride // unit for name, stride in strides.items()} | {"STRIDE_UNIT": unit}

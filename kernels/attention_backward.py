@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import AttentionInputs, parts
+from .arguments import AttentionInputs, parts, strides_of
 from .attention_backward_keys import attention_backward_keys
 from .attention_backward_query import attention_backward_query
 
@@ -85,7 +85,6 @@ def attention_backward(
     packed (H, Tk) float32, if wanted.
     """
     row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    batched = inputs.packing is None
     block_dv = max(16, triton.next_power_of_2(value.shape[-1]))
     block_m = max(16, 4096 // block_dv)
     grid = (lse.numel() // inputs.rows_in_memory * triton.cdiv(inputs.rows_in_memory, block_m),)
@@ -96,8 +95,8 @@ def attention_backward(
         lse if grad_lse is None else grad_lse,
         row_lse,
         delta,
-        *((grad_output.stride()[:3]) if batched else (0, grad_output.stride(1), grad_output.stride(0))),
-        *((output.stride()[:3]) if batched else (0, output.stride(1), output.stride(0))),
+        *strides_of(grad_output),
+        *strides_of(output),
         inputs.heads,
         inputs.rows_in_memory,
         HAS_GRAD_LSE=grad_lse is not None,

@@ -332,11 +332,9 @@ def attention_backward_keys(
     if bias_needs_grad:  # keys that belong to no packed sequence are not written
         shape = (inputs.heads, inputs.keys_in_memory)
         grad_bias = row_lse.new_zeros(shape) if packed else row_lse.new_empty(inputs.num_sequences, *shape)
-    arguments = inputs.kernel_arguments(**values, grad_key=per_head[0], grad_value=per_head[-1])
-    del arguments["longest_query"], arguments["lowest"]
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_key, tile.BLOCK_N),)
     attention_backward_keys_kernel[grid](
-        **arguments,
+        **inputs.kernel_arguments(**values, grad_key=per_head[0], grad_value=per_head[-1]),
         grad_map_ptr=row_lse if grad_map is None else grad_map,
         row_lse_ptr=row_lse,
         delta_ptr=delta,

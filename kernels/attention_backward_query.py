@@ -130,7 +130,6 @@ def attention_backward_query_kernel(
     scale,
     score_multiplier,
     factor,
-    lowest,
     OF_MAP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -252,6 +251,7 @@ def attention_backward_query(
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
     attention_backward_query_kernel[grid](
         **inputs.kernel_arguments(**values, grad_query=grad_query),
+        longest_query=inputs.longest_query,
         grad_map_ptr=row_lse if grad_map is None else grad_map,
         row_lse_ptr=row_lse,
         delta_ptr=delta,

@@ -269,6 +269,7 @@ def attention_decode(
     bias = inputs.key_bias
     attention_decode_kernel[(splits, batch * inputs.kv_heads)](
         **inputs.shared_arguments(value=value),
+        lowest=inputs.units.lowest,
         bias_ptr=inputs.query if bias is None else bias,
         bias_stride_b=0 if bias is None else bias.stride(0),
         bias_stride_h=0 if bias is None else bias.stride(1),

@@ -228,6 +228,8 @@ def attention_forward(inputs: AttentionInputs, value: Tensor, output: Tensor, ls
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
     attention_forward_kernel[grid](
         **inputs.kernel_arguments(value=value, output=output),
+        longest_query=inputs.longest_query,
+        lowest=inputs.units.lowest,
         lse_ptr=inputs.query if lse is None else lse,
         **inputs.lse_strides(),
         **parts("VALUE_DIM", "DV", value.shape[-1]),

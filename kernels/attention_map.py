@@ -436,12 +436,10 @@ def _launch_rows(
     """Returns row_lse; writes lse unless it is known, and delta if given."""
     row_lse = torch.empty_like(lse)
     tile = inputs.tile("map_rows", inputs.head_dim)
-    arguments = inputs.kernel_arguments()
-    for name in ("longest_query", "PACKED", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"):
-        del arguments[name]
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
     attention_map_rows_kernel[grid](
-        **arguments,
+        **inputs.batched_arguments(),
+        lowest=inputs.units.lowest,
         grad_map_ptr=lse if grad_map is None else grad_map,
         rows_ptr=selection.rows,
         row_range_ptr=selection.row_range,
@@ -473,12 +471,9 @@ def attention_map(
         (batch, num_heads, inputs.keys_in_memory), dtype=torch.float32, device=inputs.query.device
     )
     tile = inputs.tile("map_columns", inputs.head_dim)
-    arguments = inputs.kernel_arguments()
-    for name in ("longest_query", "lowest", "PACKED", "cu_seqlens_q_ptr", "cu_seqlens_k_ptr"):
-        del arguments[name]
     grid = (batch * num_heads * triton.cdiv(inputs.keys_in_memory, tile.BLOCK_N),)
     attention_map_columns_kernel[grid](
-        **arguments,
+        **inputs.batched_arguments(),
         row_range_ptr=selection.row_range,
         heads_ptr=selection.heads,
         row_lse_ptr=row_lse,

@@ -3,9 +3,11 @@
 A row is chosen by kernel, compute capability, bytes per element and the width of the head dimension (its parts added
 up, head_dim.py), and holds a tile for each regime, since each takes registers of its own:
 
-    plain    a batch of equal lengths, a head dimension that fills its parts, a scale above 0 packed   the same, with
-    sequences of different lengths uneven   a head dimension that fills its parts only partly (72, 88, 104, 120), or a
-    scale of 0 or less; batched or packed gated    with a row gate; batched or packed, even or not
+    plain    a batch of equal lengths, a head dimension that fills its parts, a scale above 0
+    packed   the same, with sequences of different lengths
+    uneven   a head dimension that fills its parts only partly (72, 88, 104, 120), or a scale of 0 or less;
+             batched or packed
+    gated    with a row gate; batched or packed, even or not
 
 `source` says where the tiles come from. "no spills": the first of a list, ordered by arithmetic per byte, whose
 machine code keeps every variant in registers and within 99 KiB (sm_80, whose rows sm_86 and sm_89 share) or 227 KiB

@@ -193,10 +193,12 @@ def _backward(
             *gradients,
             bias_needs_grad,
         )
-    if grad_bias is not None:
-        assert call.key_bias is not None
-        grad_bias = grad_bias.sum_to_size(call.key_bias.shape)
-    return AttentionGradients(gradients[0], gradients[1], gradients[2], grad_bias)
+    return AttentionGradients(gradients[0], gradients[1], gradients[2], _of_bias(grad_bias, call.key_bias))
+
+
+def _of_bias(per_head: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
+    """The kernels give the gradient of the bias for every head; heads that share a row share it."""
+    return None if per_head is None or key_bias is None else per_head.sum_to_size(key_bias.shape)
 
 
 def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
@@ -214,7 +216,4 @@ def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: 
         grad_bias = attention_map_backward(
             _inputs(call), call.rows, call.heads, lse.contiguous(), grad_map, *gradients, bias_needs_grad
         )
-    if grad_bias is not None:
-        assert call.key_bias is not None
-        grad_bias = grad_bias.sum_to_size(call.key_bias.shape)
-    return MapGradients(gradients[0], gradients[1], grad_bias)
+    return MapGradients(gradients[0], gradients[1], _of_bias(grad_bias, call.key_bias))
