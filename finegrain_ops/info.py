@@ -11,9 +11,10 @@ from rich.table import Table
 
 from . import backends
 from ._version import __version__
+from .backends.cuda import machine
 from .backends.interface import AttentionFeatures
 
-_PACKAGES = ("torch", "triton", "transformers", "numpy", "pillow")
+_PACKAGES = ("torch", "triton", "cuda-bindings", "transformers", "numpy", "pillow")
 
 
 def devices() -> list[str]:
@@ -42,7 +43,7 @@ def show(console: Console | None = None) -> None:
 def _versions() -> Table:
     table = Table(title="Versions", title_justify="left")
     table.add_column("package")
-    table.add_column("version")
+    table.add_column("version", overflow="fold")
     table.add_row("finegrain_ops", __version__)
     table.add_row("python", platform.python_version())
     for package in _PACKAGES:
@@ -51,6 +52,7 @@ def _versions() -> Table:
         except importlib.metadata.PackageNotFoundError:
             table.add_row(package, "not installed")
     table.add_row("CUDA that torch was built with", torch.version.cuda or "none")
+    table.add_row("CUDA C++ kernels", machine.way())
     return table
 
 

@@ -36,8 +36,10 @@ def python(code: str, cwd: Path, path: Path | None = None) -> str:
 
 
 def test_import_is_lean() -> None:
-    """Neither triton nor transformers, nor what only the command line needs."""
-    heavy = "('triton', 'transformers', 'rich', 'matplotlib')"
+    """Neither triton nor NVRTC (torch imports the rest of cuda.bindings) nor transformers, nor what only the command
+    line needs.
+    """
+    heavy = "('triton', 'cuda.bindings.nvrtc', 'transformers', 'rich', 'matplotlib')"
     code = f"import finegrain_ops, sys; print([m for m in {heavy} if m in sys.modules])"
     assert python(code, ROOT, ROOT).strip() == "[]"
 
@@ -72,6 +74,7 @@ def test_wheel(tmp_path: Path) -> None:
     sources = {f"finegrain_ops/{p.relative_to(ROOT / 'finegrain_ops')}" for p in (ROOT / "finegrain_ops").rglob("*.py")}
     for folder in ("kernels", "integrations"):
         sources |= {f"finegrain_ops/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
+    sources |= {f"finegrain_ops/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cuh")}
     packed = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file() and ".dist-info" not in str(p)}
     assert packed == sources | {"finegrain_ops/py.typed"}
     files = python(NOT_INSTALLED + USE, tmp_path, installed).split()

@@ -1,0 +1,134 @@
+// Gradient of the queries, of attention or of an attention map.
+//
+//   P_ij = exp(s_ij - lse_i),   dS_ij = P_ij (dP_ij - delta_i),   dq_i = scale * sum_j dS_ij k_j
+//
+//   attention       dP = dO V^T,   delta_i = dO_i . o_i - dlse_i
+//   attention map   dP_ij = G_j,   delta_i = sum_j P_ij G_j,   dS = 0 in rows and heads that do not count
+//
+// A thread block owns ROWS queries and walks through the keys, as in attention_forward.cuh. Each gradient is written by
+// one thread block, without atomics: two runs give the same bits.
+#pragma once
+
+#include "scores.cuh"
+
+namespace finegrain {
+
+using BackwardQueryShape = Shape<FINEGRAIN_ELEMENT, FINEGRAIN_WIDTH, FINEGRAIN_WARPS, 1, FINEGRAIN_STEP>;
+
+}  // namespace finegrain
+
+FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS,
+                 finegrain::AttentionArguments arguments) {
+  using namespace finegrain;
+  using S = BackwardQueryShape;
+  using Element = S::Element;
+  using Matrix = WarpMatrix<Element>;
+  constexpr bool OF_MAP = FINEGRAIN_OF_MAP;
+  constexpr int TILES = OF_MAP ? 1 : 2;
+  static_assert(SharedBytes<S, TILES, TILES, 5>::value <= FINEGRAIN_SHARED_BYTES,
+                "tiles.py gives less shared memory than is used");
+
+  const Place place(arguments, arguments.heads);
+  const Sequence sequence(arguments, place.batch);
+  const QueryRows rows(arguments, sequence);
+  const int head = place.head, kv_head = head / (arguments.heads / arguments.kv_heads);
+  const int first_row = (arguments.blocks - 1 - place.block) * S::ROWS;
+  if (first_row >= rows.count) return;
+
+  SharedMemory memory;
+  Element* query_tile = memory.take<Element>(S::ROWS * S::STRIDE);                      // [ROWS, WIDTH]
+  Element* grad_tile = memory.take<Element>(OF_MAP ? 0 : S::ROWS * S::STRIDE);          // [ROWS, WIDTH]
+  Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);                        // [STEP, WIDTH]
+  Element* value_tile = memory.take<Element>(OF_MAP ? 0 : S::STEP * S::STRIDE);         // [STEP, WIDTH]
+  BiasTiles<S> bias_tiles(memory);
+  float* grad_map = memory.take<float>(S::STEP);
+  int* scratch = memory.take<int>(2 * S::WARPS);
+
+  const Element* key = sequence.of_keys<const Element>(arguments.key, kv_head);
+  const Element* value = OF_MAP ? nullptr : sequence.of_keys<const Element>(arguments.value, kv_head);
+  const KeyBias bias(arguments, sequence, head);
+  const bool has_gate = arguments.gate.data, aligned = arguments.aligned;
+  const LaneRows<S> lane_rows(arguments, sequence, rows, first_row);
+  const int last_query = min(first_row + S::ROWS, rows.count) - 1;
+  KeyTiles<S> tiles(arguments, sequence, bias, last_query, 0, scratch);
+  if (OF_MAP && arguments.head_mask && !arguments.head_mask[head]) tiles.last = 0;
+
+  float lse[1][2], delta[2];
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    bool counts = lane_rows.exists[0][s];
+    const int query = lane_rows.query[0][s];
+    if (arguments.row_mask.data)
+      counts = counts && sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
+    lse[0][s] = counts ? lse_in_base_2(sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
+                    : infinity();
+    delta[s] = counts ? sequence.of_queries<const float>(arguments.delta, head)[query * arguments.delta.row_stride] : 0.0f;
+  }
+
+  if (tiles.first < tiles.last) {
+    load_tile<S, S::ROWS>(query_tile,
+                          sequence.of_queries<const Element>(arguments.query, head) + first_row * arguments.query.row_stride,
+                          arguments.query.row_stride, rows.count - first_row, arguments.head_dim, aligned);
+    if (!OF_MAP)
+      load_tile<S, S::ROWS>(
+          grad_tile,
+          sequence.of_queries<const Element>(arguments.grad_output, head) + first_row * arguments.grad_output.row_stride,
+          arguments.grad_output.row_stride, rows.count - first_row, arguments.value_dim, aligned);
+  }
+  Sums grad_query[S::COLUMN_BLOCKS][1];  // [16, WIDTH] per warp
+#pragma unroll
+  for (int d = 0; d < S::COLUMN_BLOCKS; ++d) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) grad_query[d][0][i] = 0.0f;
+  }
+  for (int own = tiles.first; own < tiles.last; ++own) {
+    const int first_key = tiles.first_key(own), keys_left = sequence.num_keys - first_key;
+    load_tile<S, S::STEP>(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride, keys_left,
+                          arguments.head_dim, aligned);
+    if (!OF_MAP)
+      load_tile<S, S::STEP>(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
+                            keys_left, arguments.value_dim, aligned);
+    bias_tiles.load(0, bias, first_key, sequence.num_keys, has_gate);
+    if (OF_MAP) {
+      for (int i = threadIdx.x; i < S::STEP; i += S::THREADS)
+        grad_map[i] = i < keys_left ? sequence.of_keys<const float>(arguments.map, head)[(first_key + i) * arguments.map.row_stride]
+                                    : 0.0f;
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    __syncthreads();
+    if (lane_rows.first < rows.count) {
+      const int own_rows = warp_index() * 16 * S::STRIDE;
+      Sums scores[S::STEP_BLOCKS][1];  // [16, STEP] per warp
+      dot_products<S>(scores, query_tile + own_rows, key_tile);
+      const bool is_masked = arguments.is_causal && first_key + S::STEP - 1 > first_row + sequence.shift;
+      dots_to_scores<S>(scores, lane_rows, bias_tiles, 0, has_gate, is_masked, first_key, sequence.shift,
+                        arguments.scale * LOG2_E, RowOrigin<S>{lse});
+      Sums grad_scores[S::STEP_BLOCKS][1];  // [16, STEP] per warp
+      if (!OF_MAP) dot_products<S>(grad_scores, grad_tile + own_rows, value_tile);
+#pragma unroll
+      for (int n = 0; n < S::STEP_BLOCKS; ++n) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int s = (i >> 1) & 1;
+          const float grad = OF_MAP ? grad_map[16 * n + 8 * (i >> 2) + Matrix::first_column(lane_index()) + (i & 1)]
+                                    : grad_scores[n][0][i];
+          grad_scores[n][0][i] = exp2_fast(scores[n][0][i]) * (grad - delta[s]);
+        }
+        typename Matrix::Left left[1] = {Matrix::to_left(grad_scores[n][0])};
+#pragma unroll
+        for (int d = 0; d < S::COLUMN_BLOCKS; ++d)
+          Matrix::add_product(grad_query[d], left, key_tile + 16 * n * S::STRIDE + 16 * d, S::STRIDE);
+      }
+    }
+    __syncthreads();  // nobody reads the tiles any more
+  }
+
+  Element* base = sequence.of_queries<Element>(arguments.grad_query, head);
+#pragma unroll
+  for (int s = 0; s < 2; ++s) {
+    if (lane_rows.exists[0][s])
+      store_row<S>(base + lane_rows.query[0][s] * arguments.grad_query.row_stride, grad_query, 0, s, arguments.scale,
+                   arguments.head_dim, aligned);
+  }
+}

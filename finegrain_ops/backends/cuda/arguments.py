@@ -1,0 +1,116 @@
+"""What a kernel is given: csrc/arguments.cuh, field by field.
+
+An instance holds on to the tensors it points to, which must live until the kernel is launched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+
+class Rows(ctypes.Structure):
+    """(batch, heads, rows, columns); strides in elements, that of the columns is 1."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_longlong),
+        ("head_stride", ctypes.c_longlong),
+        ("row_stride", ctypes.c_longlong),
+    ]
+
+
+class _Arguments(ctypes.Structure):
+    tensors: dict[str, Tensor]
+
+    def __init__(self, **numbers: Any) -> None:
+        super().__init__(**numbers)
+        self.tensors = {}
+
+    def point(self, name: str, tensor: Tensor | None) -> None:
+        """Sets a plain pointer."""
+        if tensor is not None:
+            self.tensors[name] = tensor
+            setattr(self, name, tensor.data_ptr())
+
+    def view(self, name: str, tensor: Tensor | None, batch: int | None, head: int | None, row: int) -> None:
+        """Sets Rows, from the dimensions of `tensor` that count batch entries, heads (None: it has none) and rows. A
+        dimension of size 1 is shared by all.
+        """
+        if tensor is None:
+            return
+        self.tensors[name] = tensor
+        strides = (
+            0 if dimension is None or tensor.shape[dimension] == 1 else tensor.stride(dimension)
+            for dimension in (batch, head, row)
+        )
+        setattr(self, name, Rows(tensor.data_ptr(), *strides))
+
+
+class AttentionArguments(_Arguments):
+    _fields_: ClassVar = [
+        *((name, Rows) for name in ("query", "key", "value", "bias", "padding", "gate")),
+        ("cu_seqlens_q", ctypes.c_void_p),
+        ("cu_seqlens_k", ctypes.c_void_p),
+        ("output", Rows),
+        ("lse", Rows),
+        ("output_split_stride", ctypes.c_longlong),
+        ("lse_split_stride", ctypes.c_longlong),
+        *((name, Rows) for name in ("grad_output", "delta", "grad_query", "grad_key", "grad_value", "grad_bias")),
+        ("row_mask", Rows),
+        ("head_mask", ctypes.c_void_p),
+        ("map", Rows),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "batch",
+                "heads",
+                "kv_heads",
+                "num_queries",
+                "num_keys",
+                "head_dim",
+                "value_dim",
+                "is_causal",
+                "fold_heads",
+                "num_splits",
+                "blocks",
+                "aligned",
+            )
+        ),
+        ("scale", ctypes.c_float),
+        ("reserved", ctypes.c_int),
+    ]
+
+
+class MergeArguments(_Arguments):
+    _fields_: ClassVar = [
+        ("partial_output", ctypes.c_void_p),
+        ("partial_lse", ctypes.c_void_p),
+        ("output", Rows),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("batch", "heads", "num_queries", "value_dim", "num_splits", "reserved")),
+    ]
+
+
+def is_aligned(tensors: list[Tensor], columns: list[int]) -> bool:
+    """Whether every row of `tensors` begins at a multiple of 16 bytes, and rows of so many columns end at one: then
+    they are read and written 16 bytes at a time.
+    """
+    size = tensors[0].element_size()
+    return all(count * size % 16 == 0 for count in columns) and all(
+        tensor.data_ptr() % 16 == 0
+        and all(stride * size % 16 == 0 for stride, length in zip(tensor.stride()[:-1], tensor.shape) if length > 1)
+        for tensor in tensors
+    )
+
+
+def with_unit_stride(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its columns lie next to each other, otherwise a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def as_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
