@@ -25,7 +25,7 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   using Matrix = WarpMatrix<Element>;
   constexpr bool OF_MAP = FINEGRAIN_OF_MAP;
   constexpr int TILES = OF_MAP ? 1 : 2;
-  static_assert(SharedBytes<S, TILES, TILES, 5>::value <= FINEGRAIN_SHARED_BYTES,
+  static_assert(SharedBytes<S, TILES, TILES, 3>::value <= FINEGRAIN_SHARED_BYTES,
                 "tiles.py gives less shared memory than is used");
 
   const Place place(arguments, arguments.heads);
@@ -40,7 +40,7 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   Element* grad_tile = memory.take<Element>(OF_MAP ? 0 : S::ROWS * S::STRIDE);          // [ROWS, WIDTH]
   Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);                        // [STEP, WIDTH]
   Element* value_tile = memory.take<Element>(OF_MAP ? 0 : S::STEP * S::STRIDE);         // [STEP, WIDTH]
-  BiasTiles<S> bias_tiles(memory);
+  BiasTiles<S, 1> bias_tiles(memory);
   float* grad_map = memory.take<float>(S::STEP);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
@@ -56,8 +56,8 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   float lse[1][2], delta[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    bool counts = lane_rows.exists[0][s];
-    const int query = lane_rows.query[0][s];
+    bool counts = lane_rows.exists(0, s);
+    const int query = lane_rows.query(0, s);
     if (arguments.row_mask.data)
       counts = counts && sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
     lse[0][s] = counts ? lse_in_base_2(sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
@@ -88,9 +88,11 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
     if (!OF_MAP)
       load_tile<S, S::STEP>(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
                             keys_left, arguments.value_dim, aligned);
-    bias_tiles.load(0, bias, first_key, sequence.num_keys, has_gate);
+    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    bias_tiles.put(0, has_gate);
     if (OF_MAP) {
-      for (int i = threadIdx.x; i < S::STEP; i += S::THREADS)
+      const int i = threadIdx.x;
+      if (i < S::STEP)
         grad_map[i] = i < keys_left ? sequence.of_keys<const float>(arguments.map, head)[(first_key + i) * arguments.map.row_stride]
                                     : 0.0f;
     }
@@ -127,8 +129,8 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   Element* base = sequence.of_queries<Element>(arguments.grad_query, head);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    if (lane_rows.exists[0][s])
-      store_row<S>(base + lane_rows.query[0][s] * arguments.grad_query.row_stride, grad_query, 0, s, arguments.scale,
+    if (lane_rows.exists(0, s))
+      store_row<S>(base + lane_rows.query(0, s) * arguments.grad_query.row_stride, grad_query, 0, s, arguments.scale,
                    arguments.head_dim, aligned);
   }
 }

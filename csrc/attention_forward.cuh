@@ -101,7 +101,7 @@ FINEGRAIN_DEVICE void store_rows(const ForwardState<S>& state, const float (&wei
   for (int r = 0; r < S::ROW_BLOCKS; ++r) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      if (lane_rows.exists[r][s])
+      if (lane_rows.exists(r, s))
         store_row<S>(base + rows.offset(lane_rows.row(r, s), output), state.output, r, s, weight[r][s], dim, aligned);
     }
   }
@@ -128,7 +128,7 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   Element* query_tile = memory.take<Element>(S::ROWS * S::STRIDE);  // [ROWS, WIDTH]
   Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);    // [STEP, WIDTH]
   Element* value_tile = memory.take<Element>(S::STEP * S::STRIDE);  // [STEP, WIDTH]
-  BiasTiles<S> bias_tiles(memory);
+  BiasTiles<S, 2> bias_tiles(memory);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
   const Element* query = sequence.of_queries<const Element>(arguments.query, head);
@@ -143,40 +143,50 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   const int first_query = rows.folded ? 0 : first_row;
   const KeyTiles<S> tiles(arguments, sequence, bias, last_query, place.split, scratch);
 
-  auto load_keys = [&](int own, int turn) {
-    const int first_key = tiles.first_key(own);
-    load_tile<S, S::STEP>(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride,
-                          sequence.num_keys - first_key, arguments.head_dim, aligned);
-    bias_tiles.load(turn, bias, first_key, sequence.num_keys, has_gate);
+  TileCopy<S, S::STEP> key_copy, value_copy;
+  auto begin_keys = [&](int first_key) {
+    key_copy.begin(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride,
+                   sequence.num_keys - first_key, arguments.head_dim, aligned);
     commit_copies();
   };
 
   ForwardState<S> state;
   if (tiles.first < tiles.last) {
+    const int first_key = tiles.first_key(tiles.first);
     gather_tile<S, S::ROWS>(
         query_tile, query, [&](int row) { return rows.offset(first_row + row, arguments.query); },
         rows.count - first_row, arguments.head_dim, aligned);
-    load_keys(tiles.first, 0);
+    begin_keys(first_key);
+    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    bias_tiles.put(0, has_gate);
+    key_copy.finish(key_tile, aligned);
   }
   for (int own = tiles.first, turn = 0; own < tiles.last; ++own, turn ^= 1) {
-    const int first_key = tiles.first_key(own);
+    const int first_key = tiles.first_key(own), next_key = tiles.first_key(own + 1);
+    const bool is_last = own + 1 == tiles.last;
     wait_for_copies<0>();
     __syncthreads();  // the keys are here, and nobody reads the values of the tile before any more
-    load_tile<S, S::STEP>(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
-                          sequence.num_keys - first_key, arguments.value_dim, aligned);
+    value_copy.begin(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
+                     sequence.num_keys - first_key, arguments.value_dim, aligned);
     commit_copies();
+    if (!is_last) bias_tiles.fetch(bias, next_key, sequence.num_keys);
     Sums scores[S::STEP_BLOCKS][S::ROW_BLOCKS];  // [16 ROW_BLOCKS, STEP] per warp
     if (is_busy)
       dot_products<S>(scores, query_tile + warp_index() * 16 * S::ROW_BLOCKS * S::STRIDE, key_tile);
+    value_copy.finish(value_tile, aligned);
     wait_for_copies<0>();
     __syncthreads();  // the values are here, and nobody reads the keys any more
-    if (own + 1 < tiles.last) load_keys(own + 1, turn ^ 1);
+    if (!is_last) begin_keys(next_key);
     if (is_busy) {
       const bool is_masked = arguments.is_causal && first_key + S::STEP - 1 > first_query + sequence.shift;
       dots_to_scores<S>(scores, lane_rows, bias_tiles, turn, has_gate, is_masked, first_key, sequence.shift,
                         arguments.scale * LOG2_E, NoOrigin{});
       state.online_softmax(scores);
       state.add_values(scores, value_tile);
+    }
+    if (!is_last) {
+      key_copy.finish(key_tile, aligned);
+      bias_tiles.put(turn ^ 1, has_gate);
     }
   }
   if (!is_busy) return;
@@ -191,7 +201,7 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
     for (int s = 0; s < 2; ++s) {
       const float total = sum_of_row<WarpMatrix<Element>>(state.total[r][s]);
       weight[r][s] = total == 0.0f ? 0.0f : 1.0f / total;  // a row that saw no key: 0
-      if (lse && lane_rows.exists[r][s] && WarpMatrix<Element>::first_column(lane_index()) == 0)
+      if (lse && lane_rows.exists(r, s) && WarpMatrix<Element>::first_column(lane_index()) == 0)
         lse[rows.offset(lane_rows.row(r, s), arguments.lse)] =
             total == 0.0f ? -infinity() : (state.maximum[r][s] + log2f(total)) * LN_2;
     }

@@ -23,7 +23,7 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   using Element = S::Element;
   using Matrix = WarpMatrix<Element>;
   constexpr bool OF_MAP = FINEGRAIN_OF_MAP;
-  static_assert(SharedBytes<S, 1, 1, 5>::value <= FINEGRAIN_SHARED_BYTES,
+  static_assert(SharedBytes<S, 1, 1, 3>::value <= FINEGRAIN_SHARED_BYTES,
                 "tiles.py gives less shared memory than is used");
 
   const Place place(arguments, arguments.heads);
@@ -37,17 +37,17 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   bool counts[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    counts[s] = lane_rows.exists[0][s];
+    counts[s] = lane_rows.exists(0, s);
     if (arguments.row_mask.data)
       counts[s] = counts[s] && sequence.of_queries<const unsigned char>(
-                                   arguments.row_mask, 0)[lane_rows.query[0][s] * arguments.row_mask.row_stride];
+                                   arguments.row_mask, 0)[lane_rows.query(0, s) * arguments.row_mask.row_stride];
   }
   if (!__syncthreads_or(counts[0] || counts[1])) return;
 
   SharedMemory memory;
   Element* query_tile = memory.take<Element>(S::ROWS * S::STRIDE);  // [ROWS, WIDTH]
   Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);    // [STEP, WIDTH]
-  BiasTiles<S> bias_tiles(memory);
+  BiasTiles<S, 1> bias_tiles(memory);
   float* grad_map = memory.take<float>(S::STEP);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
@@ -65,7 +65,7 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   if (OF_MAP) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      const int query = lane_rows.query[0][s];
+      const int query = lane_rows.query(0, s);
       lse[0][s] = counts[s] ? lse_in_base_2(sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
                             : infinity();
     }
@@ -74,9 +74,11 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
     const int first_key = tiles.first_key(own), keys_left = sequence.num_keys - first_key;
     load_tile<S, S::STEP>(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride, keys_left,
                           arguments.head_dim, aligned);
-    bias_tiles.load(0, bias, first_key, sequence.num_keys, has_gate);
+    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    bias_tiles.put(0, has_gate);
     if (OF_MAP) {
-      for (int i = threadIdx.x; i < S::STEP; i += S::THREADS)
+      const int i = threadIdx.x;
+      if (i < S::STEP)
         grad_map[i] = i < keys_left ? sequence.of_keys<const float>(arguments.map, head)[(first_key + i) * arguments.map.row_stride]
                                     : 0.0f;
     }
@@ -124,8 +126,8 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const float sum = sum_of_row<Matrix>(total[s]), expectation = OF_MAP ? sum_of_row<Matrix>(expected[s]) : 0.0f;
-    if (!lane_rows.exists[0][s] || Matrix::first_column(lane_index()) != 0) continue;
-    const int query = lane_rows.query[0][s];
+    if (!lane_rows.exists(0, s) || Matrix::first_column(lane_index()) != 0) continue;
+    const int query = lane_rows.query(0, s);
     if (OF_MAP)
       sequence.of_queries<float>(arguments.delta, head)[query * arguments.delta.row_stride] =
           sum == 0.0f ? 0.0f : expectation / sum;

@@ -110,16 +110,14 @@ FINEGRAIN_DEVICE void store_vector(void* address, Vector value) {
 
 FINEGRAIN_DEVICE unsigned shared_address(const void* address) { return (unsigned)__cvta_generic_to_shared(address); }
 
-// 16 bytes from global to shared memory, or 16 bytes of zeros; both addresses must be multiples of 16. They arrive
-// once wait_for_copies<N>() has returned, with at most N groups committed since, and are visible to other threads after
-// a barrier.
+// sm_80 and later: 16 bytes from global to shared memory, or 16 bytes of zeros; both addresses must be multiples of 16.
+// They arrive once wait_for_copies<N>() has returned, with at most N groups committed since, and are visible to other
+// threads after a barrier.
 FINEGRAIN_DEVICE void copy_16_bytes(void* shared, const void* global, bool is_valid) {
 #if FINEGRAIN_ARCH >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
                "r"(is_valid ? 16 : 0)
                : "memory");
-#else
-  store_vector(shared, is_valid ? load_vector<uint4>(global) : make_uint4(0, 0, 0, 0));
 #endif
 }
 FINEGRAIN_DEVICE void commit_copies() {

@@ -44,22 +44,28 @@ struct KeyBias {
   }
 };
 
-// The biases of a tile of keys in shared memory, for kernels that walk through the keys. Two tiles in turn: the next is
-// written while this one is read.
-template <class S>
+// The biases of a tile of keys in shared memory, for kernels that walk through the keys; TURNS tiles in turn, so that
+// the next can be written while one is read. Every thread fetches that of one key, and puts it where all can see it.
+template <class S, int TURNS>
 struct BiasTiles {
-  float* added;   // [2][STEP], with hidden counted in
-  float* hidden;  // [2][STEP], written only where a row gate tells rows apart
+  static_assert(S::STEP <= S::THREADS, "a thread for every key of a step");
+  float* added;   // [TURNS][STEP], with hidden counted in
+  float* hidden;  // [TURNS][STEP], written only where a row gate tells rows apart
+  float fetched_added;
+  float fetched_hidden;
 
   FINEGRAIN_DEVICE explicit BiasTiles(SharedMemory& memory)
-      : added(memory.take<float>(2 * S::STEP)), hidden(memory.take<float>(2 * S::STEP)) {}
+      : added(memory.take<float>(TURNS * S::STEP)), hidden(memory.take<float>(TURNS * S::STEP)) {}
 
-  FINEGRAIN_DEVICE void load(int turn, const KeyBias& bias, int first_key, int num_keys, bool has_gate) {
-    for (int i = threadIdx.x; i < S::STEP; i += S::THREADS) {
-      const float hidden_key = bias.hidden(first_key + i, num_keys);
-      added[turn * S::STEP + i] = hidden_key + bias.added(first_key + i, num_keys);
-      if (has_gate) hidden[turn * S::STEP + i] = hidden_key;
-    }
+  FINEGRAIN_DEVICE void fetch(const KeyBias& bias, int first_key, int num_keys) {
+    if (threadIdx.x >= S::STEP) return;
+    fetched_hidden = bias.hidden(first_key + threadIdx.x, num_keys);
+    fetched_added = fetched_hidden + bias.added(first_key + threadIdx.x, num_keys);
+  }
+  FINEGRAIN_DEVICE void put(int turn, bool has_gate) {
+    if (threadIdx.x >= S::STEP) return;
+    added[turn * S::STEP + threadIdx.x] = fetched_added;
+    if (has_gate) hidden[turn * S::STEP + threadIdx.x] = fetched_hidden;
   }
 };
 
@@ -119,33 +125,31 @@ struct KeyTiles {
   FINEGRAIN_DEVICE int first_key(int own) const { return (split + own * num_splits) * S::STEP; }
 };
 
-// Per lane two rows of each of its blocks of 16: what is read of them once.
+// Per lane two rows of each of its blocks of 16.
 template <class S>
 struct LaneRows {
   using Matrix = WarpMatrix<typename S::Element>;
-  int first;  // row within the tile's sequence of rows, of the warp's first block
-  int query[S::ROW_BLOCKS][2];
-  bool exists[S::ROW_BLOCKS][2];
+  QueryRows rows;
+  int first;  // of the warp
   bool gated[S::ROW_BLOCKS][2];  // the bias acts on the row
 
-  FINEGRAIN_DEVICE LaneRows(const AttentionArguments& arguments, const Sequence& sequence, const QueryRows& rows,
-                            int first_row) {
-    first = first_row + warp_index() * 16 * S::ROW_BLOCKS;
+  FINEGRAIN_DEVICE LaneRows(const AttentionArguments& arguments, const Sequence& sequence, const QueryRows& rows_,
+                            int first_row)
+      : rows(rows_), first(first_row + warp_index() * 16 * S::ROW_BLOCKS) {
     const unsigned char* gate =
         arguments.gate.data ? sequence.of_queries<const unsigned char>(arguments.gate, 0) : nullptr;
 #pragma unroll
     for (int r = 0; r < S::ROW_BLOCKS; ++r) {
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        exists[r][s] = row(r, s) < rows.count;
-        query[r][s] = rows.query(exists[r][s] ? row(r, s) : 0);
-        gated[r][s] = !gate || gate[query[r][s] * arguments.gate.row_stride];
-      }
+      for (int s = 0; s < 2; ++s)
+        gated[r][s] = !gate || (exists(r, s) && gate[query(r, s) * arguments.gate.row_stride]);
     }
   }
   FINEGRAIN_DEVICE int row(int r, int s) const {
     return first + 16 * r + Matrix::first_row(lane_index()) + s * Matrix::ROW_STEP;
   }
+  FINEGRAIN_DEVICE bool exists(int r, int s) const { return row(r, s) < rows.count; }
+  FINEGRAIN_DEVICE int query(int r, int s) const { return rows.query(row(r, s)); }
 };
 
 // dots = own step^T: the warp's own rows of a tile, and all rows of the tile that is walked through
@@ -173,8 +177,7 @@ FINEGRAIN_DEVICE void dot_products(Sums (&dots)[S::STEP_BLOCKS][S::ROW_BLOCKS], 
   }
 }
 
-// Turns dot products of the warp's rows with a tile of keys into scores, in place; relative to those of an origin where
-// one is known (lse), which is subtracted before the sum is rounded.
+// Where the scores of a row are counted from: 0, or a known lse, subtracted before their sum is rounded.
 struct NoOrigin {
   FINEGRAIN_DEVICE float subtracted_from(float added, int, int) const { return added; }
 };
@@ -184,35 +187,68 @@ struct RowOrigin {
   FINEGRAIN_DEVICE float subtracted_from(float added, int r, int s) const { return added - rows[r][s]; }
 };
 
-template <class S, class Origin>
-FINEGRAIN_DEVICE void dots_to_scores(Sums (&scores)[S::STEP_BLOCKS][S::ROW_BLOCKS], const LaneRows<S>& rows,
-                                     const BiasTiles<S>& bias, int turn, bool has_gate, bool is_causal, int first_key,
-                                     int shift, float scale, Origin origin) {
+// scores = scale * dots + bias, in place
+template <class S, bool HAS_GATE, int TURNS, class Origin>
+FINEGRAIN_DEVICE void add_bias(Sums (&scores)[S::STEP_BLOCKS][S::ROW_BLOCKS], const LaneRows<S>& rows,
+                               const BiasTiles<S, TURNS>& bias, int turn, float scale, Origin origin) {
   const int first_column = WarpMatrix<typename S::Element>::first_column(lane_index());
 #pragma unroll
   for (int n = 0; n < S::STEP_BLOCKS; ++n) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int column = 16 * n + 8 * c + first_column;
-      const float2 added = load_vector<float2>(bias.added + turn * S::STEP + column);
-      const float2 hidden = has_gate ? load_vector<float2>(bias.hidden + turn * S::STEP + column) : added;
+      const int column = turn * S::STEP + 16 * n + 8 * c + first_column;
+      const float2 added = load_vector<float2>(bias.added + column);
+      const float2 hidden = HAS_GATE ? load_vector<float2>(bias.hidden + column) : added;
 #pragma unroll
       for (int r = 0; r < S::ROW_BLOCKS; ++r) {
 #pragma unroll
         for (int s = 0; s < 2; ++s) {
+          const bool is_gated = !HAS_GATE || rows.gated[r][s];
           float& first = scores[n][r][4 * c + 2 * s];
           float& second = scores[n][r][4 * c + 2 * s + 1];
-          first = fmaf(first, scale, origin.subtracted_from(rows.gated[r][s] ? added.x : hidden.x, r, s));
-          second = fmaf(second, scale, origin.subtracted_from(rows.gated[r][s] ? added.y : hidden.y, r, s));
-          if (is_causal) {
-            const int visible = rows.query[r][s] + shift - (first_key + column);
-            if (visible < 0) first = -infinity();
-            if (visible < 1) second = -infinity();
+          first = fmaf(first, scale, origin.subtracted_from(is_gated ? added.x : hidden.x, r, s));
+          second = fmaf(second, scale, origin.subtracted_from(is_gated ? added.y : hidden.y, r, s));
+        }
+      }
+    }
+  }
+}
+
+// -inf for keys after the last that a row may see, under a causal mask
+template <class S>
+FINEGRAIN_DEVICE void hide_later_keys(Sums (&scores)[S::STEP_BLOCKS][S::ROW_BLOCKS], const LaneRows<S>& rows,
+                                      int first_key, int shift) {
+  const int first_column = WarpMatrix<typename S::Element>::first_column(lane_index());
+#pragma unroll
+  for (int r = 0; r < S::ROW_BLOCKS; ++r) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const int last_column = rows.query(r, s) + shift - first_key - first_column;
+#pragma unroll
+      for (int n = 0; n < S::STEP_BLOCKS; ++n) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (16 * n + 8 * c + e > last_column) scores[n][r][4 * c + 2 * s + e] = -infinity();
           }
         }
       }
     }
   }
+}
+
+// Turns dot products of the warp's rows with a tile of keys into scores, in place.
+template <class S, int TURNS, class Origin>
+FINEGRAIN_DEVICE void dots_to_scores(Sums (&scores)[S::STEP_BLOCKS][S::ROW_BLOCKS], const LaneRows<S>& rows,
+                                     const BiasTiles<S, TURNS>& bias, int turn, bool has_gate, bool is_masked,
+                                     int first_key, int shift, float scale, Origin origin) {
+  if (has_gate) {
+    add_bias<S, true>(scores, rows, bias, turn, scale, origin);
+  } else {
+    add_bias<S, false>(scores, rows, bias, turn, scale, origin);
+  }
+  if (is_masked) hide_later_keys<S>(scores, rows, first_key, shift);
 }
 
 }  // namespace finegrain

@@ -44,25 +44,19 @@ struct QueryColumns {
 
   // Returns whether this thread has seen a row that counts.
   FINEGRAIN_DEVICE bool load(const AttentionArguments& arguments, const Sequence& sequence, int head, int first_query) {
-    bool counts = false;
-    for (int i = threadIdx.x; i < S::STEP; i += S::THREADS) {
-      const int query = first_query + i;
-      bool is_row = query < sequence.num_queries;
-      if (is_row && arguments.row_mask.data)
-        is_row = sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
-      lse[i] = is_row ? lse_in_base_2(
-                            sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
-                      : infinity();
-      gate[i] = is_row && (!arguments.gate.data || sequence.of_queries<const unsigned char>(
-                                                       arguments.gate, 0)[query * arguments.gate.row_stride])
-                    ? 1.0f
-                    : 0.0f;
-      if (arguments.delta.data)
-        delta[i] =
-            is_row ? sequence.of_queries<const float>(arguments.delta, head)[query * arguments.delta.row_stride] : 0.0f;
-      counts = counts || is_row;
-    }
-    return counts;
+    static_assert(S::STEP <= S::THREADS, "a thread for every query of a step");
+    const int i = threadIdx.x, query = first_query + i;
+    if (i >= S::STEP) return false;
+    bool is_row = query < sequence.num_queries;
+    if (is_row && arguments.row_mask.data)
+      is_row = sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
+    const float* row_lse = sequence.of_queries<const float>(arguments.lse, head);
+    const float* row_delta = sequence.of_queries<const float>(arguments.delta, head);
+    const unsigned char* row_gate = sequence.of_queries<const unsigned char>(arguments.gate, 0);
+    lse[i] = is_row ? lse_in_base_2(row_lse[query * arguments.lse.row_stride]) : infinity();
+    gate[i] = is_row && (!arguments.gate.data || row_gate[query * arguments.gate.row_stride]) ? 1.0f : 0.0f;
+    if (arguments.delta.data) delta[i] = is_row ? row_delta[query * arguments.delta.row_stride] : 0.0f;
+    return is_row;
   }
 };
 

@@ -119,21 +119,24 @@ struct QueryRows {
 
 // Which vectors of a tile a thread copies: one column of them, every PER_PASS-th row. So it keeps one address, and adds
 // to it; where VECTORS does not divide THREADS, the last threads copy nothing.
-template <class S>
+template <class S, int ROWS>
 struct CopyPlan {
   static constexpr int PER_PASS = S::THREADS / S::VECTORS;
+  static constexpr int PASSES = (ROWS + PER_PASS - 1) / PER_PASS;
   int first_row;
   int column;
 
   FINEGRAIN_DEVICE CopyPlan()
       : first_row(threadIdx.x / S::VECTORS), column(threadIdx.x % S::VECTORS * S::PER_VECTOR) {}
-  FINEGRAIN_DEVICE bool is_idle() const { return first_row >= PER_PASS; }
+  FINEGRAIN_DEVICE bool copies(int pass) const {
+    return first_row < PER_PASS && (ROWS % PER_PASS == 0 || first_row + pass * PER_PASS < ROWS);
+  }
 };
 
-// Rare, and so not to cost other ways registers: rows that do not begin and end at multiples of 16 bytes.
+// Rare, and so not to cost the others registers: rows that do not begin and end at multiples of 16 bytes.
 template <class S, int ROWS, class OffsetOf>
-FINEGRAIN_DEVICE void load_unaligned_tile(typename S::Element* tile, const typename S::Element* base,
-                                          OffsetOf offset_of, int count, int dim) {
+FINEGRAIN_DEVICE void copy_unaligned(typename S::Element* tile, const typename S::Element* base, OffsetOf offset_of,
+                                     int count, int dim) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < ROWS * S::WIDTH; i += S::THREADS) {
     const int row = i / S::WIDTH, column = i % S::WIDTH;
@@ -142,38 +145,78 @@ FINEGRAIN_DEVICE void load_unaligned_tile(typename S::Element* tile, const typen
   }
 }
 
-// Copies ROWS rows, given by offset_of(row) from base, into a tile of STRIDE; zeros where row >= count and beyond the
-// dim columns there are. The copies may still be on their way: commit and wait for them.
-template <class S, int ROWS, class OffsetOf>
-FINEGRAIN_DEVICE void gather_tile(typename S::Element* tile, const typename S::Element* base, OffsetOf offset_of,
-                                  int count, int dim, bool aligned) {
-  if (!aligned) return load_unaligned_tile<S, ROWS>(tile, base, offset_of, count, dim);
-  const CopyPlan<S> plan;
-  if (plan.is_idle()) return;
-#pragma unroll 4
-  for (int row = plan.first_row; row < ROWS; row += plan.PER_PASS)
-    copy_16_bytes(tile + row * S::STRIDE + plan.column, base + (row < count ? offset_of(row) : 0) + plan.column,
-                  row < count && plan.column < dim);
-}
+// Copies ROWS rows, row_stride apart, into a tile of STRIDE; zeros where row >= count and beyond the dim columns there
+// are. Between begin and finish the data is on its way: by itself into shared memory (then commit and wait), or, before
+// sm_80, into registers. The tile must be free from begin on.
+template <class S, int ROWS>
+struct TileCopy {
+  using Element = typename S::Element;
+  using Plan = CopyPlan<S, ROWS>;
+#if FINEGRAIN_ARCH < 800
+  uint4 vectors[Plan::PASSES];
+#endif
 
-// The same for rows that lie row_stride apart.
+  FINEGRAIN_DEVICE void begin(Element* tile, const Element* base, long long row_stride, int count, int dim,
+                              bool aligned) {
+    if (!aligned)
+      return copy_unaligned<S, ROWS>(
+          tile, base, [row_stride](int row) { return row * row_stride; }, count, dim);
+    const Plan plan;
+    const Element* source = base + plan.first_row * row_stride + plan.column;
+    if (plan.column >= dim) count = 0;
+#pragma unroll
+    for (int pass = 0; pass < Plan::PASSES; ++pass) {
+      const bool is_valid = plan.first_row + pass * Plan::PER_PASS < count;
+#if FINEGRAIN_ARCH >= 800
+      Element* target = tile + (plan.first_row + pass * Plan::PER_PASS) * S::STRIDE + plan.column;
+      if (plan.copies(pass)) copy_16_bytes(target, source, is_valid);
+#else
+      vectors[pass] = plan.copies(pass) && is_valid ? load_vector<uint4>(source) : make_uint4(0, 0, 0, 0);
+#endif
+      source += Plan::PER_PASS * row_stride;
+    }
+  }
+
+  FINEGRAIN_DEVICE void finish(Element* tile, bool aligned) {
+#if FINEGRAIN_ARCH < 800
+    if (!aligned) return;
+    const Plan plan;
+#pragma unroll
+    for (int pass = 0; pass < Plan::PASSES; ++pass) {
+      if (plan.copies(pass))
+        store_vector(tile + (plan.first_row + pass * Plan::PER_PASS) * S::STRIDE + plan.column, vectors[pass]);
+    }
+#endif
+  }
+};
+
+// Begins and finishes at once.
 template <class S, int ROWS>
 FINEGRAIN_DEVICE void load_tile(typename S::Element* tile, const typename S::Element* base, long long row_stride,
                                 int count, int dim, bool aligned) {
-  if (!aligned)
-    return load_unaligned_tile<S, ROWS>(
-        tile, base, [row_stride](int row) { return row * row_stride; }, count, dim);
-  const CopyPlan<S> plan;
-  if (plan.is_idle()) return;
-  const typename S::Element* source = base + plan.first_row * row_stride + plan.column;
-  typename S::Element* target = tile + plan.first_row * S::STRIDE + plan.column;
-  if (plan.column >= dim) count = 0;
-#pragma unroll
-  for (int pass = 0; pass < (ROWS + plan.PER_PASS - 1) / plan.PER_PASS; ++pass) {
+  TileCopy<S, ROWS> copy;
+  copy.begin(tile, base, row_stride, count, dim, aligned);
+  copy.finish(tile, aligned);
+}
+
+// The same for rows given by offset_of(row) from base.
+template <class S, int ROWS, class OffsetOf>
+FINEGRAIN_DEVICE void gather_tile(typename S::Element* tile, const typename S::Element* base, OffsetOf offset_of,
+                                  int count, int dim, bool aligned) {
+  if (!aligned) return copy_unaligned<S, ROWS>(tile, base, offset_of, count, dim);
+  const CopyPlan<S, ROWS> plan;
+#pragma unroll 4
+  for (int pass = 0; pass < plan.PASSES; ++pass) {
     const int row = plan.first_row + pass * plan.PER_PASS;
-    if (ROWS % plan.PER_PASS != 0 && row >= ROWS) break;
-    copy_16_bytes(target + pass * plan.PER_PASS * S::STRIDE, source, row < count);
-    source += plan.PER_PASS * row_stride;
+    if (!plan.copies(pass)) continue;
+    const bool is_valid = row < count && plan.column < dim;
+    const typename S::Element* source = base + (is_valid ? offset_of(row) + plan.column : 0);
+    typename S::Element* target = tile + row * S::STRIDE + plan.column;
+#if FINEGRAIN_ARCH >= 800
+    copy_16_bytes(target, source, is_valid);
+#else
+    store_vector(target, is_valid ? load_vector<uint4>(source) : make_uint4(0, 0, 0, 0));
+#endif
   }
 }
 
