@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 import simulator
 
@@ -24,13 +25,14 @@ class CpuLauncher:
     """As `machine.Launcher`; every launch runs the warps in another order.
 
     overrides: texts that replace files of csrc/, for tests that break a kernel on purpose.
+    FINEGRAIN_SIMULATOR_SANITIZER=address in the environment: AddressSanitizer instead of the simulator's own checks.
     """
 
-    def __init__(self, architecture: int, overrides: dict[str, str] | None = None, sanitizer: str = "race") -> None:
+    def __init__(self, architecture: int, overrides: dict[str, str] | None = None) -> None:
         self.architecture = architecture
         self.num_processors = 8
         self.overrides = overrides
-        self.sanitizer = sanitizer
+        self.sanitizer = os.environ.get("FINEGRAIN_SIMULATOR_SANITIZER", "race")
         self.launched: list[Variant] = []
 
     def launch(self, variant: Variant, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
