@@ -10,7 +10,7 @@ import simulator
 from cpu_launcher import CpuLauncher
 
 from finegrain_ops import backends
-from finegrain_ops.backends.cuda import machine, tiles, variants
+from finegrain_ops.backends.cuda import launches, machine, tiles, variants
 from finegrain_ops.backends.cuda.tiles import Tile
 
 
@@ -38,7 +38,7 @@ def use_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
 
 @pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Two warps, steps of 16: every case has several blocks of rows and of keys, and warps without rows."""
 
     def tile(kernel: str, *_: int) -> Tile:
@@ -46,4 +46,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
             return tiles.MERGE_TILE
         return Tile(warps=2, row_blocks=2 if kernel.endswith("-long") else 1, step=16, blocks=1)
 
+    launches._variant.cache_clear()  # variants remember their tiles
     monkeypatch.setattr(variants.tiles, "tile_for", tile)
+    yield
+    launches._variant.cache_clear()

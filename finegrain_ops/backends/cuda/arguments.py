@@ -43,11 +43,14 @@ class _Arguments(ctypes.Structure):
         if tensor is None:
             return
         self.tensors[name] = tensor
-        strides = (
-            0 if dimension is None or tensor.shape[dimension] == 1 else tensor.stride(dimension)
-            for dimension in (batch, head, row)
+        shape, strides = tensor.shape, tensor.stride()
+        rows = Rows(
+            tensor.data_ptr(),
+            0 if batch is None or shape[batch] == 1 else strides[batch],
+            0 if head is None or shape[head] == 1 else strides[head],
+            0 if shape[row] == 1 else strides[row],
         )
-        setattr(self, name, Rows(tensor.data_ptr(), *strides))
+        setattr(self, name, rows)
 
 
 class AttentionArguments(_Arguments):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,10 @@ MOST_FOLDED_ROWS = 64
 MOST_SPLITS = 64
 
 _Call = AttentionCall | PackedCall | MapCall
+
+
+# A call would spend a third of its time on the host on making these anew.
+_variant = functools.lru_cache(maxsize=1024)(Variant)
 
 
 class Launch:
@@ -84,7 +89,7 @@ class Launch:
         width = width_for(max(self.query.shape[-1], self.value_dim))
         assert width is not None, "not_supported_reasons has let a wider head through"
         element = ELEMENT_OF[self.query.dtype]
-        return Variant(kernel, element, width, self.launcher.architecture, long=long, of_map=of_map)
+        return _variant(kernel, element, width, self.launcher.architecture, long, of_map)
 
     def run(self, variant: Variant, rows: int, heads: int) -> None:
         """One thread block per variant.rows of `rows`, split, head and batch entry."""
@@ -156,7 +161,7 @@ def merge(launcher: Launcher, partial_output: Tensor, partial_lse: Tensor, outpu
     arguments.point("partial_lse", partial_lse)
     arguments.view("output", output, 0, 1, 2)
     arguments.point("lse", lse)
-    variant = Variant("merge_splits", ELEMENT_OF[output.dtype], 128, launcher.architecture)
+    variant = _variant("merge_splits", ELEMENT_OF[output.dtype], 128, launcher.architecture)
     rows = batch * heads * num_queries
     launcher.launch(variant, (math.ceil(rows / variant.tile.warps), 1, 1), arguments)
 

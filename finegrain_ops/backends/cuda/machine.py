@@ -123,6 +123,8 @@ def _architecture(index: int | None) -> int:
 @functools.cache
 def _bindings_problem() -> str | None:
     how = 'install it with: pip install "finegrain_ops[cuda]"'
+    if torch.version.cuda is not None:  # of the same CUDA, since an older driver need not have what newer ones ask for
+        how += f' "cuda-bindings=={torch.version.cuda.split(".")[0]}.*"'
     try:
         found = importlib.util.find_spec("cuda.bindings") is not None
     except ModuleNotFoundError:  # not even the package that it lies in

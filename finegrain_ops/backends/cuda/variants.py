@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -77,20 +78,20 @@ class Variant:
     def _tile_name(self) -> str:
         return self.kernel + self.options if self.kernel + self.options in tiles.KERNELS else self.kernel
 
-    @property
+    @functools.cached_property
     def tile(self) -> Tile:
         return tiles.tile_for(self._tile_name, self.architecture, self.element_size, self.width)
 
-    @property
+    @functools.cached_property
     def threads(self) -> int:
         return 32 * self.tile.warps
 
-    @property
+    @functools.cached_property
     def rows(self) -> int:
         """Rows of the tile that a thread block owns."""
         return self.tile.rows
 
-    @property
+    @functools.cached_property
     def shared_bytes(self) -> int:
         return tiles.shared_bytes(self._tile_name, self.tile, self.element_size, self.width)
 
