@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from finegrain_ops.backends.cuda.driver import DriverError, DriverLauncher
-from finegrain_ops.backends.cuda.variants import Variant
+from finegrain_ops.backends.cuda.variants import Variant, all_variants
 
 SMALL = Variant("attention_map", "half_t", 32, 70)
-LARGE = Variant("attention_forward", "half_t", 128, 70, long=True)  # more than 48 KiB of shared memory
+LARGE = max(all_variants([70]), key=lambda variant: variant.shared_bytes)
 MERGE = Variant("merge_splits", "half_t", 128, 70)
 STREAM = 0x5EED
 

@@ -88,8 +88,7 @@ def test_built_from_other_sources() -> None:
 
 def test_a_change_of_the_tiles_is_one_of_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
     before = sources.digest(sources.folder())
-    shared_bytes = Variant.shared_bytes.fget
-    assert shared_bytes is not None
+    shared_bytes = Variant.shared_bytes.func
     monkeypatch.setattr(Variant, "shared_bytes", property(lambda variant: shared_bytes(variant) + 16))
     assert sources.digest(sources.folder()) != before
 

@@ -18,12 +18,11 @@ def test_every_tile_fits_the_shared_memory_of_its_architecture(architecture: int
 
 @pytest.mark.parametrize("architecture", tiles.CLASSES)
 def test_as_many_blocks_as_are_promised_fit_a_multiprocessor(architecture: int) -> None:
-    """Their shared memory, and 65536 registers of which a thread has at most 255."""
+    """Their shared memory and threads; whether their registers do is for the machine code to show (bench.cuda_aot)."""
     for variant in all_variants([architecture]):
         blocks = variant.tile.blocks
         assert blocks * variant.shared_bytes <= 1024 * tiles.SHARED_KIB[architecture], variant.name
         assert blocks * variant.threads <= 1024
-        assert blocks * variant.threads <= 256 or variant.kernel == "merge_splits", f"{variant.name} lacks registers"
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
