@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, zip_longest
 
 import torch
 
-from .operations import BACKWARD, DECODE, FORWARD, OPERATIONS, PACKED, READ_OUT
+from .operations import BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
 HEAD_DIMS = (64, 80, 96, 128)
+MASKED_SIZES, MASKED_HEAD_DIMS = (4096, 512, 2048, 1024), (128, 64)  # what tells most comes first
 SETS = ("quick", "full")
 
 
@@ -100,6 +101,12 @@ def causal(
         image_grid=_tiles(num_keys),
         operation=operation,
     )
+
+
+def masked(num_keys: int, head_dim: int, is_causal: bool) -> AttentionCase:
+    """What a V100 computes today with a mask tensor, which holds the bias and, when causal, the hidden keys."""
+    case = causal(num_keys, head_dim, torch.float16, MASKED)
+    return case if is_causal else replace(case, name=f"full-n{num_keys}-d{head_dim}", is_causal=False)
 
 
 def cache(
@@ -259,11 +266,17 @@ def _quick_cuda_cases() -> list[AttentionCase]:
         *(causal(num_keys, 128, half, READ_OUT) for num_keys in (4096, 16384)),
         llava_read_out(2944, half),
     ]
-    return _in_turns(forward, backward, decode, sequences, read_out)
+    against_mask = (
+        [masked(num_keys, head_dim, is_causal) for num_keys in MASKED_SIZES for head_dim in MASKED_HEAD_DIMS]
+        for is_causal in (True, False)
+    )
+    return _in_turns(forward, backward, decode, sequences, read_out, *against_mask)
 
 
 def _full_cuda_cases() -> list[AttentionCase]:
-    """bfloat16 over all sizes and head dimensions; grouped queries and float16 over every second size."""
+    """bfloat16 over all sizes and head dimensions; grouped queries and float16 over every second size. The sweep of
+    FORWARD has all that MASKED compares.
+    """
     half, other_half = torch.bfloat16, torch.float16
 
     def grid(operation: str) -> list[AttentionCase]:
@@ -291,7 +304,7 @@ def _full_cuda_cases() -> list[AttentionCase]:
         llava_read_out(2944, half),
         causal(1024, 128, torch.float32),
     ]
-    return _in_turns(models, *(grid(operation) for operation in OPERATIONS))
+    return _in_turns(models, *(grid(operation) for operation in OPERATIONS if operation != MASKED))
 
 
 def _in_turns(*lists: list[AttentionCase]) -> list[AttentionCase]:

@@ -1,9 +1,9 @@
 """The correctness tests and the quick benchmarks on an NVIDIA GPU, within a fixed time: `make gpu`.
 
 Nothing is installed: PyTorch, Triton and pytest must be there, and what else is missing is named with what it costs.
-First the tests of every operator on the GPU, with every backend that can run there, and beside them compute-sanitizer
-on a small call of every kernel. Where a test fails, nothing is measured. Then the benchmarks, whose rows are appended
-to bench/results/. (`python -m bench.gpu --help`)
+First the CUDA C++ kernels are compiled. Then come the tests of every operator on the GPU, with every backend that can
+run there, and beside them compute-sanitizer on a small call of every kernel. Where a test fails, nothing is measured.
+Then the benchmarks, whose rows are appended to bench/results/. (`python -m bench.gpu --help`)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,7 @@ TESTS = (
     "tests/test_attention_map.py",
     "tests/test_operator.py",
     "tests/triton_kernels",
+    "tests/cuda_backend/test_on_device.py",
 )
 NEEDED = {"torch": "PyTorch", "triton": "Triton", "pytest": "pytest"}
 HELPFUL = {
@@ -41,6 +43,8 @@ HELPFUL = {
 }
 _SANITIZER = "compute-sanitizer"
 _FOUND_ERRORS = 99  # the exit status that it is told to end with
+BACKENDS = ("triton", "cuda")  # with kernels of our own
+CANNOT_RUN = "the backend cannot run here"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ class Budget:
     """Seconds, all in all and for each part."""
 
     total: float
+
+    @property
+    def compiling(self) -> float:
+        """What is not compiled then is compiled by the tests."""
+        return 0.15 * self.total
 
     @property
     def tests(self) -> float:
@@ -73,9 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
     budget = Budget(options.seconds)
 
+    run([sys.executable, "-m", "bench.cuda_variants"], budget.compiling)  # tests see what did not compile
     sanitizers = start_sanitizers()
-    in_tests = {"FINEGRAIN_DEVICE": "cuda", "FINEGRAIN_TEST_SECONDS": f"{budget.tests:g}"}
-    tests_status = run(tests_command(options.jobs or processes()), budget.tests_limit, in_tests)
+    elapsed = time.monotonic() - start
+    in_tests = {"FINEGRAIN_DEVICE": "cuda", "FINEGRAIN_TEST_SECONDS": f"{budget.tests - elapsed:.0f}"}
+    tests_status = run(tests_command(options.jobs or processes()), budget.tests_limit - elapsed, in_tests)
     sanitizers_status = finish_sanitizers(sanitizers, budget.tests_limit - (time.monotonic() - start))
     if tests_status != 0:
         print("make gpu: the tests failed, so nothing was measured.", file=sys.stderr)
@@ -177,13 +188,13 @@ def find_sanitizer(folders: Iterable[str | None] | None = None) -> str | None:
 
 @dataclass(frozen=True)
 class Sanitizer:
-    tool: str
+    name: str
     process: subprocess.Popen
     output: IO[str]
 
 
 def start_sanitizers() -> list[Sanitizer]:
-    """memcheck and racecheck, each on one small call of every kernel; they run beside the tests."""
+    """memcheck and racecheck, each on one small call of every kernel of a backend; they run beside the tests."""
     binary = find_sanitizer()
     if binary is None:
         print(f"{_SANITIZER} is neither on PATH nor under CUDA_HOME: memcheck and racecheck are left out.", flush=True)
@@ -191,13 +202,13 @@ def start_sanitizers() -> list[Sanitizer]:
     # PyTorch asks CUDA for what it may not have, and copes; that is no error of a kernel.
     options = {"memcheck": ("--report-api-errors", "no"), "racecheck": ()}
     started = []
-    for tool in options:
+    for backend, tool in product(BACKENDS, options):
         command = [binary, "--tool", tool, "--error-exitcode", str(_FOUND_ERRORS), *options[tool]]
         output = tempfile.TemporaryFile("w+")  # noqa: SIM115 -- read and closed when the process has ended
         # Without torch's pool of memory every tensor is an allocation of its own, whose bounds are watched.
         variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        process = _start([*command, sys.executable, "-m", "bench.gpu_kernels"], variables, output)
-        started.append(Sanitizer(tool, process, output))
+        process = _start([*command, sys.executable, "-m", "bench.gpu_kernels", backend], variables, output)
+        started.append(Sanitizer(f"{tool} of {backend}", process, output))
     return started
 
 
@@ -213,7 +224,7 @@ def finish_sanitizers(started: Sequence[Sanitizer], seconds: float) -> int:
         with sanitizer.output as output:
             output.seek(0)
             verdict, is_error = judge_sanitizer(returncode, output.read())
-        print(f"{_SANITIZER} {sanitizer.tool}: {verdict}", flush=True)
+        print(f"{_SANITIZER} {sanitizer.name}: {verdict}", flush=True)
         status |= is_error
     return status
 
@@ -226,6 +237,8 @@ def judge_sanitizer(returncode: int | None, output: str) -> tuple[str, bool]:
         return "no errors.", False
     if "Device not supported" in output:  # a virtual machine may not let it watch its GPU
         return "it cannot watch this device.", False
+    if CANNOT_RUN in output:
+        return next(line for line in output.splitlines() if CANNOT_RUN in line), False
     what = "errors" if returncode == _FOUND_ERRORS else f"the program ended with status {returncode}"
     return f"{what}:\n{output[-4000:]}", True
 

@@ -1,62 +1,102 @@
-"""One small call of every Triton kernel on the GPU, for compute-sanitizer to watch: `python -m bench.gpu_kernels`.
+"""One small call of every kernel of a backend on the GPU, for compute-sanitizer to watch.
 
-Lengths and head dimensions fill no tile, and every operand that a kernel can have is there.
+`python -m bench.gpu_kernels triton`, or cuda. Lengths and head dimensions fill no tile, and every operand that a kernel
+can have is there.
 """
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
-from finegrain_ops import attention_map, reweighted_attention, reweighted_attention_varlen
+from finegrain_ops import attention_map, backends, reweighted_attention, reweighted_attention_varlen
 
-OPTIONS = {"is_causal": True, "backend": "triton"}
+from .gpu import CANNOT_RUN
 
 
-def main(device: str = "cuda") -> None:
+def main(device: str = "cuda", backend: str = "triton") -> None:
     torch.manual_seed(0)
     for call in (batched, packed, read_out, decode):
-        call(device)
+        call(device, backend)
+    if backend == "cuda":
+        many_rows(device, backend)
+        unaligned(device, backend)
+        for call in (batched, read_out, decode):
+            call(device, backend, torch.float32)  # without tensor cores: another tile
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
 
 
-def batched(device: str) -> None:
+def batched(device: str, backend: str, dtype: torch.dtype = torch.float16, head_dim: int = 72, keys: int = 170) -> None:
     """Padding and a row gate beside the bias, forward and backward."""
-    query, key, value, bias = leaves(device, (1, 2, 150, 72), (1, 1, 170, 72), (1, 1, 170, 72), (1, 170))
-    attend, gate = torch.arange(170, device=device)[None] >= 9, torch.arange(150, device=device) % 3 > 0
+    query, key, value, bias = leaves(
+        device, dtype, (1, 2, 150, head_dim), (1, 1, keys, head_dim), (1, 1, keys, head_dim), (1, keys)
+    )
+    attend, gate = torch.arange(keys, device=device)[None] >= 9, torch.arange(150, device=device) % 3 > 0
     output = reweighted_attention(
-        query, key, value, key_bias=bias.float(), key_padding_mask=attend, row_gate=gate, **OPTIONS
+        query,
+        key,
+        value,
+        key_bias=bias.float(),
+        key_padding_mask=attend,
+        row_gate=gate,
+        is_causal=True,
+        backend=backend,
     )
     output.sum().backward()
 
 
-def packed(device: str) -> None:
-    query, key, value, bias = leaves(device, (130, 2, 40), (130, 2, 40), (130, 2, 40), (130,))
+def unaligned(device: str, backend: str) -> None:
+    """Rows that are no multiple of 16 bytes."""
+    batched(device, backend, head_dim=37, keys=83)
+
+
+def packed(device: str, backend: str) -> None:
+    query, key, value, bias = leaves(device, torch.float16, (130, 2, 40), (130, 2, 40), (130, 2, 40), (130,))
     bounds = torch.tensor([0, 50, 130], dtype=torch.int32, device=device)
     output = reweighted_attention_varlen(
-        query, key, value, bounds, bounds, 80, 80, key_bias=bias.float(), row_gate=None, **OPTIONS
+        query, key, value, bounds, bounds, 80, 80, key_bias=bias.float(), is_causal=True, backend=backend
     )
     output.sum().backward()
 
 
-def read_out(device: str) -> None:
-    query, key, bias = leaves(device, (1, 2, 150, 72), (1, 2, 150, 72), (1, 150))
+def read_out(device: str, backend: str, dtype: torch.dtype = torch.float16) -> None:
+    query, key, bias = leaves(device, dtype, (1, 2, 150, 72), (1, 2, 150, 72), (1, 150))
     rows, heads = torch.arange(150, device=device) > 70, torch.tensor([True, False], device=device)
-    attention_map(query, key, rows=rows, heads=heads, key_bias=bias.float(), **OPTIONS).square().sum().backward()
+    result = attention_map(query, key, rows=rows, heads=heads, key_bias=bias.float(), is_causal=True, backend=backend)
+    result.square().sum().backward()
 
 
 @torch.no_grad()
-def decode(device: str) -> None:
+def decode(device: str, backend: str, dtype: torch.dtype = torch.float16) -> None:
     """So many keys that several programs share them."""
-    query, key, value, bias = leaves(device, (1, 2, 1, 72), (1, 1, 700, 72), (1, 1, 700, 72), (1, 700))
-    reweighted_attention(query, key, value, key_bias=bias.float(), return_lse=True, **OPTIONS)
+    query, key, value, bias = leaves(device, dtype, (1, 2, 1, 72), (1, 1, 700, 72), (1, 1, 700, 72), (1, 700))
+    options = {"is_causal": True, "backend": backend}
+    reweighted_attention(query, key, value, key_bias=bias.float(), return_lse=True, **options)
 
 
-def leaves(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
-    return [torch.randn(shape, dtype=torch.float16, device=device, requires_grad=True) for shape in shapes]
+@torch.no_grad()
+def many_rows(device: str, backend: str) -> None:
+    """So many heads that there are enough thread blocks of the kernel with more rows for each."""
+    query, key, value, bias = leaves(device, torch.float16, (8, 16, 150, 72), *[(8, 16, 90, 72)] * 2, (8, 90))
+    reweighted_attention(query, key, value, key_bias=bias.float(), is_causal=True, backend=backend)
+
+
+def leaves(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
+
+
+def _program(arguments: list[str]) -> int:
+    (backend,) = arguments
+    if reasons := backends.load(backend).unavailable_reasons():
+        print(f"{CANNOT_RUN}: {'; '.join(reasons)}")
+        return 1
+    main("cuda", backend)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(_program(sys.argv[1:]))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from .cases import cases_for
 from .operations import DECODE, OPERATIONS, TITLES
-from .peers import ours_unbiased
-from .tables import grouped, machine_line, memory_table, of_kind, reason_lines, shape, speed
+from .peers import ours, ours_unbiased
+from .tables import grouped, machine_line, mask_ratio, memory_table, of_kind, reason_lines, shape, speed
 
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 _MOST_LINES = 14  # of more cases only the quick set is shown
@@ -100,7 +100,9 @@ def _operation_table(rows: list[dict]) -> list[str]:
     peers = list(dict.fromkeys(row["peer"] for row in rows if row["reason"] is None))
     has_own = any(_with_own_ratio(row)["own"] for row in rows)
     has_speed = any("tflops" in row for row in rows)
-    header = ["case", *(["ours, speed"] if has_speed else []), *(["ours / own unbiased"] if has_own else []), *peers]
+    has_mask = any(_cuda_to_mask(case_rows) is not None for case_rows in _cases(rows))
+    header = ["case", *(["ours, speed"] if has_speed else []), *(["ours / own unbiased"] if has_own else [])]
+    header += [*(["cuda / memory-efficient with mask"] if has_mask else []), *peers]
     lines = []
     for case_rows in _shown(_cases(rows)):
         case, by_peer, ours = case_rows[0]["case"], {row["peer"]: row for row in case_rows}, _first_of_ours(case_rows)
@@ -110,8 +112,15 @@ def _operation_table(rows: list[dict]) -> list[str]:
         if has_own:
             own = None if ours is None else _with_own_ratio(ours)["own"]
             line.append("" if own is None else f"{own:.3f}x")
+        if has_mask:
+            to_mask = _cuda_to_mask(case_rows)
+            line.append("" if to_mask is None else f"{to_mask:.2f}x")
         lines.append(line + [_cell(by_peer.get(peer)) for peer in peers])
     return _table(header, lines)
+
+
+def _cuda_to_mask(case_rows: list[dict]) -> float | None:
+    return next((mask_ratio(row) for row in case_rows if row["peer"] == ours("cuda")), None)
 
 
 def _speed_cell(row: dict) -> str:

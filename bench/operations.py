@@ -3,6 +3,7 @@
 FLOPs are counted, not measured, as flash-attn's papers count them: two matrix products of 2 D FLOPs per score, so
 
     forward, decode, packed   4 * B * H * Nq * Nk * D, half of it when causal (packed: the sum over the sequences)
+    masked                    the same: a forward pass, of the CUDA C++ kernels and of what they are to replace only
     backward                  3.5 times that: forward, and 2.5 times as much for five products instead of two
     read-out                  4 * B * H * rows * Nk * D: q.k twice (logsumexp, then the sums per key), no value;
                               of causal rows that are not all, the visible scores
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
     from .cases import AttentionCase
     from .ceilings import Ceilings
 
-FORWARD, BACKWARD, DECODE, PACKED, READ_OUT = OPERATIONS = ("forward", "backward", "decode", "packed", "read-out")
+FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = OPERATIONS = (
+    "forward",
+    "backward",
+    "decode",
+    "packed",
+    "read-out",
+    "masked",
+)
 
 TITLES = {
     FORWARD: "Forward",
@@ -28,6 +36,7 @@ TITLES = {
     DECODE: "Decode",
     PACKED: "Packed sequences of different lengths",
     READ_OUT: "Read-out (attention_map)",
+    MASKED: "Forward, the CUDA C++ kernels against a mask tensor",
 }
 
 _FORWARDS_OF_WORK = {BACKWARD: 3.5}

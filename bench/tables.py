@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .peers import SDPA_EFFICIENT_MASK
+
 
 def time_tables(rows: list[dict]) -> list[Table]:
     """One table per case, a line per peer that ran."""
@@ -19,10 +21,13 @@ def time_tables(rows: list[dict]) -> list[Table]:
         title = f"{case_id}  {shape(first['case'])}, {first['rounds']} rounds, ratio to {first['base']}"
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("peer", no_wrap=True)
-        for heading in ("ms", "ratio", "p20 .. p80", "speed", "share"):
+        headings = ["ms", "ratio", "p20 .. p80", "speed", "share"]
+        has_mask = any(mask_ratio(row) is not None for row in case_rows)
+        for heading in [*headings, *(["to mask"] if has_mask else [])]:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in case_rows:
-            table.add_row(row["peer"], *_time_cells(row))
+            to_mask = mask_ratio(row)
+            table.add_row(row["peer"], *_time_cells(row), *([f"{to_mask:.2f}"] if to_mask is not None else []))
         tables.append(table)
     return tables
 
@@ -104,6 +109,12 @@ def speed(row: dict) -> tuple[str, str]:
         return "", ""
     value = f"{row['gb_per_s']:.3g} GB/s" if "gb_per_s" in row else f"{row['tflops']:.3g} TFLOP/s"
     return value, f"{row['share_of_ceiling']:.0%}"
+
+
+def mask_ratio(row: dict) -> float | None:
+    """Of ours, the median ratio to SDPA's memory-efficient kernel with a mask, where the base is another peer."""
+    ratios = row.get("ratios", {}).get(SDPA_EFFICIENT_MASK)
+    return None if ratios is None or row.get("base") == SDPA_EFFICIENT_MASK else ratios[1]
 
 
 def _time_cells(row: dict) -> list[str]:

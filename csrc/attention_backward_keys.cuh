@@ -33,20 +33,18 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
   if (keys_left <= 0) return;
 
   SharedMemory memory;
-  Element* key_tile = memory.take<Element>(S::ROWS * S::STRIDE);                // [ROWS, WIDTH]
+  Element* key_tile = memory.take<Element>(S::ROWS * S::STRIDE);                 // [ROWS, WIDTH]
   Element* value_tile = memory.take<Element>(OF_MAP ? 0 : S::ROWS * S::STRIDE);  // [ROWS, WIDTH]
-  Element* query_tile = memory.take<Element>(S::STEP * S::STRIDE);              // [STEP, WIDTH]
+  Element* query_tile = memory.take<Element>(S::STEP * S::STRIDE);               // [STEP, WIDTH]
   Element* grad_tile = memory.take<Element>(OF_MAP ? 0 : S::STEP * S::STRIDE);   // [STEP, WIDTH]
   QueryColumns<S> columns(memory);
 
   const bool aligned = arguments.aligned;
-  load_tile<S, S::ROWS>(key_tile,
-                        sequence.of_keys<const Element>(arguments.key, kv_head) + first_key * arguments.key.row_stride,
-                        arguments.key.row_stride, keys_left, arguments.head_dim, aligned);
+  load_tile<S, S::ROWS>(key_tile, sequence.keys<const Element>(arguments.key, kv_head), first_key, sequence.num_keys,
+                        arguments.head_dim, aligned);
   if (!OF_MAP)
-    load_tile<S, S::ROWS>(value_tile,
-                          sequence.of_keys<const Element>(arguments.value, kv_head) + first_key * arguments.value.row_stride,
-                          arguments.value.row_stride, keys_left, arguments.value_dim, aligned);
+    load_tile<S, S::ROWS>(value_tile, sequence.keys<const Element>(arguments.value, kv_head), first_key,
+                          sequence.num_keys, arguments.value_dim, aligned);
 
   LaneKeys<S> keys(sequence, first_key);
   const bool is_busy = 16 * warp_index() < keys_left;  // or the warp only helps to load
@@ -61,30 +59,26 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
   for (int member = 0; member < group_size; ++member) {
     const int head = kv_head * group_size + member;
     const bool counts = !OF_MAP || !arguments.head_mask || arguments.head_mask[head];
-    keys.load(KeyBias(arguments, sequence, head), sequence.num_keys);
+    keys.load(KeyBias(arguments, sequence, head));
     float grad_map[2] = {0.0f, 0.0f};
     if (OF_MAP) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        if (keys.exists[s])
-          grad_map[s] = sequence.of_keys<const float>(arguments.map, head)[keys.key[s] * arguments.map.row_stride];
+        if (keys.exists[s]) grad_map[s] = sequence.keys<const float>(arguments.map, head)[keys.key[s]];
       }
     }
+    const auto query = sequence.queries<const Element>(arguments.query, head);
+    const auto grad_output = sequence.queries<const Element>(arguments.grad_output, head);
     float grad_bias[2] = {0.0f, 0.0f};
     const int tiles = counts ? query_tiles<S>(sequence) : 0;
     for (int tile = first_query_tile<S>(arguments, sequence, first_key); tile < tiles; ++tile) {
-      const int first_query = tile * S::STEP, queries_left = sequence.num_queries - first_query;
+      const int first_query = tile * S::STEP;
       __syncthreads();  // nobody reads the tiles any more
       const bool some = columns.load(arguments, sequence, head, first_query);
       if (OF_MAP && !__syncthreads_or(some)) continue;
-      load_tile<S, S::STEP>(query_tile,
-                            sequence.of_queries<const Element>(arguments.query, head) + first_query * arguments.query.row_stride,
-                            arguments.query.row_stride, queries_left, arguments.head_dim, aligned);
+      load_tile<S, S::STEP>(query_tile, query, first_query, sequence.num_queries, arguments.head_dim, aligned);
       if (!OF_MAP)
-        load_tile<S, S::STEP>(
-            grad_tile,
-            sequence.of_queries<const Element>(arguments.grad_output, head) + first_query * arguments.grad_output.row_stride,
-            arguments.grad_output.row_stride, queries_left, arguments.value_dim, aligned);
+        load_tile<S, S::STEP>(grad_tile, grad_output, first_query, sequence.num_queries, arguments.value_dim, aligned);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
@@ -130,7 +124,7 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
       for (int s = 0; s < 2; ++s) {
         const float sum = sum_of_row<Matrix>(grad_bias[s]);
         if (keys.exists[s] && Matrix::first_column(lane_index()) == 0)
-          sequence.of_keys<float>(arguments.grad_bias, head)[keys.key[s] * arguments.grad_bias.row_stride] = sum;
+          sequence.keys<float>(arguments.grad_bias, head)[keys.key[s]] = sum;
       }
     }
   }
@@ -140,11 +134,10 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     if (!keys.exists[s]) continue;
-    store_row<S>(sequence.of_keys<Element>(arguments.grad_key, kv_head) + keys.key[s] * arguments.grad_key.row_stride,
-                 grad_key, 0, s, arguments.scale, arguments.head_dim, aligned);
+    store_row<S>(sequence.keys<Element>(arguments.grad_key, kv_head).row(keys.key[s]), grad_key, 0, s, arguments.scale,
+                 arguments.head_dim, aligned);
     if (!OF_MAP)
-      store_row<S>(
-          sequence.of_keys<Element>(arguments.grad_value, kv_head) + keys.key[s] * arguments.grad_value.row_stride,
-          grad_value, 0, s, 1.0f, arguments.value_dim, aligned);
+      store_row<S>(sequence.keys<Element>(arguments.grad_value, kv_head).row(keys.key[s]), grad_value, 0, s, 1.0f,
+                   arguments.value_dim, aligned);
   }
 }

@@ -36,16 +36,16 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   if (first_row >= rows.count) return;
 
   SharedMemory memory;
-  Element* query_tile = memory.take<Element>(S::ROWS * S::STRIDE);                      // [ROWS, WIDTH]
-  Element* grad_tile = memory.take<Element>(OF_MAP ? 0 : S::ROWS * S::STRIDE);          // [ROWS, WIDTH]
-  Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);                        // [STEP, WIDTH]
-  Element* value_tile = memory.take<Element>(OF_MAP ? 0 : S::STEP * S::STRIDE);         // [STEP, WIDTH]
+  Element* query_tile = memory.take<Element>(S::ROWS * S::STRIDE);               // [ROWS, WIDTH]
+  Element* grad_tile = memory.take<Element>(OF_MAP ? 0 : S::ROWS * S::STRIDE);   // [ROWS, WIDTH]
+  Element* key_tile = memory.take<Element>(S::STEP * S::STRIDE);                 // [STEP, WIDTH]
+  Element* value_tile = memory.take<Element>(OF_MAP ? 0 : S::STEP * S::STRIDE);  // [STEP, WIDTH]
   BiasTiles<S, 1> bias_tiles(memory);
   float* grad_map = memory.take<float>(S::STEP);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
-  const Element* key = sequence.of_keys<const Element>(arguments.key, kv_head);
-  const Element* value = OF_MAP ? nullptr : sequence.of_keys<const Element>(arguments.value, kv_head);
+  const auto key = sequence.keys<const Element>(arguments.key, kv_head);
+  const auto value = sequence.keys<const Element>(arguments.value, kv_head);
   const KeyBias bias(arguments, sequence, head);
   const bool has_gate = arguments.gate.data, aligned = arguments.aligned;
   const LaneRows<S> lane_rows(arguments, sequence, rows, first_row);
@@ -53,27 +53,22 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
   KeyTiles<S> tiles(arguments, sequence, bias, last_query, 0, scratch);
   if (OF_MAP && arguments.head_mask && !arguments.head_mask[head]) tiles.last = 0;
 
+  const auto row_lse = sequence.queries<const float>(arguments.lse, head);
+  const auto row_delta = sequence.queries<const float>(arguments.delta, head);
   float lse[1][2], delta[2];
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    bool counts = lane_rows.exists(0, s);
-    const int query = lane_rows.query(0, s);
-    if (arguments.row_mask.data)
-      counts = counts && sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
-    lse[0][s] = counts ? lse_in_base_2(sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
-                    : infinity();
-    delta[s] = counts ? sequence.of_queries<const float>(arguments.delta, head)[query * arguments.delta.row_stride] : 0.0f;
+    const bool counts = row_counts(arguments, sequence, lane_rows, s);
+    lse[0][s] = counts ? lse_in_base_2(row_lse[lane_rows.query(0, s)]) : infinity();
+    delta[s] = counts ? row_delta[lane_rows.query(0, s)] : 0.0f;
   }
 
   if (tiles.first < tiles.last) {
-    load_tile<S, S::ROWS>(query_tile,
-                          sequence.of_queries<const Element>(arguments.query, head) + first_row * arguments.query.row_stride,
-                          arguments.query.row_stride, rows.count - first_row, arguments.head_dim, aligned);
+    load_tile<S, S::ROWS>(query_tile, sequence.queries<const Element>(arguments.query, head), first_row, rows.count,
+                          arguments.head_dim, aligned);
     if (!OF_MAP)
-      load_tile<S, S::ROWS>(
-          grad_tile,
-          sequence.of_queries<const Element>(arguments.grad_output, head) + first_row * arguments.grad_output.row_stride,
-          arguments.grad_output.row_stride, rows.count - first_row, arguments.value_dim, aligned);
+      load_tile<S, S::ROWS>(grad_tile, sequence.queries<const Element>(arguments.grad_output, head), first_row,
+                            rows.count, arguments.value_dim, aligned);
   }
   Sums grad_query[S::COLUMN_BLOCKS][1];  // [16, WIDTH] per warp
 #pragma unroll
@@ -82,20 +77,14 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
     for (int i = 0; i < 8; ++i) grad_query[d][0][i] = 0.0f;
   }
   for (int own = tiles.first; own < tiles.last; ++own) {
-    const int first_key = tiles.first_key(own), keys_left = sequence.num_keys - first_key;
-    load_tile<S, S::STEP>(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride, keys_left,
-                          arguments.head_dim, aligned);
-    if (!OF_MAP)
-      load_tile<S, S::STEP>(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
-                            keys_left, arguments.value_dim, aligned);
-    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    const int first_key = tiles.first_key(own), key_of_thread = first_key + threadIdx.x;
+    load_tile<S, S::STEP>(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
+    if (!OF_MAP) load_tile<S, S::STEP>(value_tile, value, first_key, sequence.num_keys, arguments.value_dim, aligned);
+    bias_tiles.fetch(bias, first_key);
     bias_tiles.put(0, has_gate);
-    if (OF_MAP) {
-      const int i = threadIdx.x;
-      if (i < S::STEP)
-        grad_map[i] = i < keys_left ? sequence.of_keys<const float>(arguments.map, head)[(first_key + i) * arguments.map.row_stride]
-                                    : 0.0f;
-    }
+    if (OF_MAP && threadIdx.x < S::STEP)
+      grad_map[threadIdx.x] =
+          key_of_thread < sequence.num_keys ? sequence.keys<const float>(arguments.map, head)[key_of_thread] : 0.0f;
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -126,11 +115,10 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
     __syncthreads();  // nobody reads the tiles any more
   }
 
-  Element* base = sequence.of_queries<Element>(arguments.grad_query, head);
+  const auto result = sequence.queries<Element>(arguments.grad_query, head);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     if (lane_rows.exists(0, s))
-      store_row<S>(base + lane_rows.query(0, s) * arguments.grad_query.row_stride, grad_query, 0, s, arguments.scale,
-                   arguments.head_dim, aligned);
+      store_row<S>(result.row(lane_rows.query(0, s)), grad_query, 0, s, arguments.scale, arguments.head_dim, aligned);
   }
 }

@@ -13,8 +13,7 @@
 
 namespace finegrain {
 
-using ForwardShape =
-    Shape<FINEGRAIN_ELEMENT, FINEGRAIN_WIDTH, FINEGRAIN_WARPS, FINEGRAIN_ROW_BLOCKS, FINEGRAIN_STEP>;
+using ForwardShape = Shape<FINEGRAIN_ELEMENT, FINEGRAIN_WIDTH, FINEGRAIN_WARPS, FINEGRAIN_ROW_BLOCKS, FINEGRAIN_STEP>;
 
 template <class S>
 struct ForwardState {
@@ -113,7 +112,8 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   using namespace finegrain;
   using S = ForwardShape;
   using Element = S::Element;
-  static_assert(SharedBytes<S, 1, 2, 4>::value <= FINEGRAIN_SHARED_BYTES, "tiles.py gives less shared memory than is used");
+  static_assert(SharedBytes<S, 1, 2, 4>::value <= FINEGRAIN_SHARED_BYTES,
+                "tiles.py gives less shared memory than is used");
 
   const int group_size = arguments.heads / arguments.kv_heads;
   const Place place(arguments, arguments.fold_heads ? arguments.kv_heads : arguments.heads);
@@ -131,9 +131,9 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   BiasTiles<S, 2> bias_tiles(memory);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
-  const Element* query = sequence.of_queries<const Element>(arguments.query, head);
-  const Element* key = sequence.of_keys<const Element>(arguments.key, kv_head);
-  const Element* value = sequence.of_keys<const Element>(arguments.value, kv_head);
+  const auto query = sequence.queries<const Element>(arguments.query, head);
+  const auto key = sequence.keys<const Element>(arguments.key, kv_head);
+  const auto value = sequence.keys<const Element>(arguments.value, kv_head);
   const KeyBias bias(arguments, sequence, head);
   const bool has_gate = arguments.gate.data, aligned = arguments.aligned;
   const LaneRows<S> lane_rows(arguments, sequence, rows, first_row);
@@ -145,8 +145,7 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
 
   TileCopy<S, S::STEP> key_copy, value_copy;
   auto begin_keys = [&](int first_key) {
-    key_copy.begin(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride,
-                   sequence.num_keys - first_key, arguments.head_dim, aligned);
+    key_copy.begin(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
     commit_copies();
   };
 
@@ -154,10 +153,10 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   if (tiles.first < tiles.last) {
     const int first_key = tiles.first_key(tiles.first);
     gather_tile<S, S::ROWS>(
-        query_tile, query, [&](int row) { return rows.offset(first_row + row, arguments.query); },
+        query_tile, query.data, [&](int row) { return rows.offset(first_row + row, arguments.query); },
         rows.count - first_row, arguments.head_dim, aligned);
     begin_keys(first_key);
-    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    bias_tiles.fetch(bias, first_key);
     bias_tiles.put(0, has_gate);
     key_copy.finish(key_tile, aligned);
   }
@@ -166,13 +165,11 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
     const bool is_last = own + 1 == tiles.last;
     wait_for_copies<0>();
     __syncthreads();  // the keys are here, and nobody reads the values of the tile before any more
-    value_copy.begin(value_tile, value + first_key * arguments.value.row_stride, arguments.value.row_stride,
-                     sequence.num_keys - first_key, arguments.value_dim, aligned);
+    value_copy.begin(value_tile, value, first_key, sequence.num_keys, arguments.value_dim, aligned);
     commit_copies();
-    if (!is_last) bias_tiles.fetch(bias, next_key, sequence.num_keys);
+    if (!is_last) bias_tiles.fetch(bias, next_key);
     Sums scores[S::STEP_BLOCKS][S::ROW_BLOCKS];  // [16 ROW_BLOCKS, STEP] per warp
-    if (is_busy)
-      dot_products<S>(scores, query_tile + warp_index() * 16 * S::ROW_BLOCKS * S::STRIDE, key_tile);
+    if (is_busy) dot_products<S>(scores, query_tile + warp_index() * 16 * S::ROW_BLOCKS * S::STRIDE, key_tile);
     value_copy.finish(value_tile, aligned);
     wait_for_copies<0>();
     __syncthreads();  // the values are here, and nobody reads the keys any more
@@ -192,25 +189,23 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
   if (!is_busy) return;
 
   float weight[S::ROW_BLOCKS][2];
-  float* lse = arguments.lse.data ? sequence.of_queries<float>(arguments.lse, head) +
-                                        place.split * arguments.lse_split_stride
-                                  : nullptr;
+  float* lse = sequence.queries<float>(arguments.lse, head).data + place.split * arguments.lse_split_stride;
 #pragma unroll
   for (int r = 0; r < S::ROW_BLOCKS; ++r) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
       const float total = sum_of_row<WarpMatrix<Element>>(state.total[r][s]);
       weight[r][s] = total == 0.0f ? 0.0f : 1.0f / total;  // a row that saw no key: 0
-      if (lse && lane_rows.exists(r, s) && WarpMatrix<Element>::first_column(lane_index()) == 0)
+      if (arguments.lse.data && lane_rows.exists(r, s) && WarpMatrix<Element>::first_column(lane_index()) == 0)
         lse[rows.offset(lane_rows.row(r, s), arguments.lse)] =
             total == 0.0f ? -infinity() : (state.maximum[r][s] + log2f(total)) * LN_2;
     }
   }
   if (arguments.num_splits > 1) {
-    float* output = sequence.of_queries<float>(arguments.output, head) + place.split * arguments.output_split_stride;
+    float* output = sequence.queries<float>(arguments.output, head).data + place.split * arguments.output_split_stride;
     store_rows<S>(state, weight, output, lane_rows, rows, arguments.output, arguments.value_dim, aligned);
   } else {
-    Element* output = sequence.of_queries<Element>(arguments.output, head);
+    Element* output = sequence.queries<Element>(arguments.output, head).data;
     store_rows<S>(state, weight, output, lane_rows, rows, arguments.output, arguments.value_dim, aligned);
   }
 }

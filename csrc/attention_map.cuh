@@ -31,11 +31,11 @@ FINEGRAIN_KERNEL(attention_map, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegrai
   QueryColumns<S> columns(memory);
 
   const bool aligned = arguments.aligned;
-  load_tile<S, S::ROWS>(key_tile,
-                        sequence.of_keys<const Element>(arguments.key, kv_head) + first_key * arguments.key.row_stride,
-                        arguments.key.row_stride, keys_left, arguments.head_dim, aligned);
+  load_tile<S, S::ROWS>(key_tile, sequence.keys<const Element>(arguments.key, kv_head), first_key, sequence.num_keys,
+                        arguments.head_dim, aligned);
   LaneKeys<S> keys(sequence, first_key);
-  keys.load(KeyBias(arguments, sequence, head), sequence.num_keys);
+  keys.load(KeyBias(arguments, sequence, head));
+  const auto query = sequence.queries<const Element>(arguments.query, head);
 
   float received[2] = {0.0f, 0.0f};  // of this lane's columns
   const int tiles = !arguments.head_mask || arguments.head_mask[head] ? query_tiles<S>(sequence) : 0;
@@ -43,9 +43,7 @@ FINEGRAIN_KERNEL(attention_map, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegrai
     const int first_query = tile * S::STEP;
     __syncthreads();  // nobody reads the tile any more
     if (!__syncthreads_or(columns.load(arguments, sequence, head, first_query))) continue;
-    load_tile<S, S::STEP>(query_tile,
-                          sequence.of_queries<const Element>(arguments.query, head) + first_query * arguments.query.row_stride,
-                          arguments.query.row_stride, sequence.num_queries - first_query, arguments.head_dim, aligned);
+    load_tile<S, S::STEP>(query_tile, query, first_query, sequence.num_queries, arguments.head_dim, aligned);
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -64,11 +62,10 @@ FINEGRAIN_KERNEL(attention_map, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegrai
   commit_copies();
   wait_for_copies<0>();  // of keys that no query was there to see
 
-  float* map = sequence.of_keys<float>(arguments.map, head);
+  const auto map = sequence.keys<float>(arguments.map, head);
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const float sum = sum_of_row<WarpMatrix<Element>>(received[s]);
-    if (keys.exists[s] && WarpMatrix<Element>::first_column(lane_index()) == 0)
-      map[keys.key[s] * arguments.map.row_stride] = sum;
+    if (keys.exists[s] && WarpMatrix<Element>::first_column(lane_index()) == 0) map[keys.key[s]] = sum;
   }
 }

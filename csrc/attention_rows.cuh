@@ -36,12 +36,7 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   const LaneRows<S> lane_rows(arguments, sequence, rows, first_row);
   bool counts[2];
 #pragma unroll
-  for (int s = 0; s < 2; ++s) {
-    counts[s] = lane_rows.exists(0, s);
-    if (arguments.row_mask.data)
-      counts[s] = counts[s] && sequence.of_queries<const unsigned char>(
-                                   arguments.row_mask, 0)[lane_rows.query(0, s) * arguments.row_mask.row_stride];
-  }
+  for (int s = 0; s < 2; ++s) counts[s] = row_counts(arguments, sequence, lane_rows, s);
   if (!__syncthreads_or(counts[0] || counts[1])) return;
 
   SharedMemory memory;
@@ -51,37 +46,29 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   float* grad_map = memory.take<float>(S::STEP);
   int* scratch = memory.take<int>(2 * S::WARPS);
 
-  const Element* key = sequence.of_keys<const Element>(arguments.key, kv_head);
+  const auto key = sequence.keys<const Element>(arguments.key, kv_head);
   const KeyBias bias(arguments, sequence, head);
   const bool has_gate = arguments.gate.data, aligned = arguments.aligned;
   const int last_query = min(first_row + S::ROWS, rows.count) - 1;
   const KeyTiles<S> tiles(arguments, sequence, bias, last_query, 0, scratch);
 
   if (tiles.first < tiles.last)
-    load_tile<S, S::ROWS>(query_tile,
-                          sequence.of_queries<const Element>(arguments.query, head) + first_row * arguments.query.row_stride,
-                          arguments.query.row_stride, rows.count - first_row, arguments.head_dim, aligned);
+    load_tile<S, S::ROWS>(query_tile, sequence.queries<const Element>(arguments.query, head), first_row, rows.count,
+                          arguments.head_dim, aligned);
   float maximum[2] = {LOWEST, LOWEST}, total[2] = {0.0f, 0.0f}, expected[2] = {0.0f, 0.0f}, lse[1][2];
+  const auto row_lse = sequence.queries<float>(arguments.lse, head);
   if (OF_MAP) {
 #pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      const int query = lane_rows.query(0, s);
-      lse[0][s] = counts[s] ? lse_in_base_2(sequence.of_queries<const float>(arguments.lse, head)[query * arguments.lse.row_stride])
-                            : infinity();
-    }
+    for (int s = 0; s < 2; ++s) lse[0][s] = counts[s] ? lse_in_base_2(row_lse[lane_rows.query(0, s)]) : infinity();
   }
   for (int own = tiles.first; own < tiles.last; ++own) {
-    const int first_key = tiles.first_key(own), keys_left = sequence.num_keys - first_key;
-    load_tile<S, S::STEP>(key_tile, key + first_key * arguments.key.row_stride, arguments.key.row_stride, keys_left,
-                          arguments.head_dim, aligned);
-    bias_tiles.fetch(bias, first_key, sequence.num_keys);
+    const int first_key = tiles.first_key(own), key_of_thread = first_key + threadIdx.x;
+    load_tile<S, S::STEP>(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
+    bias_tiles.fetch(bias, first_key);
     bias_tiles.put(0, has_gate);
-    if (OF_MAP) {
-      const int i = threadIdx.x;
-      if (i < S::STEP)
-        grad_map[i] = i < keys_left ? sequence.of_keys<const float>(arguments.map, head)[(first_key + i) * arguments.map.row_stride]
-                                    : 0.0f;
-    }
+    if (OF_MAP && threadIdx.x < S::STEP)
+      grad_map[threadIdx.x] =
+          key_of_thread < sequence.num_keys ? sequence.keys<const float>(arguments.map, head)[key_of_thread] : 0.0f;
     commit_copies();
     wait_for_copies<0>();
     __syncthreads();
@@ -129,10 +116,8 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
     if (!lane_rows.exists(0, s) || Matrix::first_column(lane_index()) != 0) continue;
     const int query = lane_rows.query(0, s);
     if (OF_MAP)
-      sequence.of_queries<float>(arguments.delta, head)[query * arguments.delta.row_stride] =
-          sum == 0.0f ? 0.0f : expectation / sum;
+      sequence.queries<float>(arguments.delta, head)[query] = sum == 0.0f ? 0.0f : expectation / sum;
     else
-      sequence.of_queries<float>(arguments.lse, head)[query * arguments.lse.row_stride] =
-          sum == 0.0f ? -infinity() : (maximum[s] + log2f(sum)) * LN_2;
+      row_lse[query] = sum == 0.0f ? -infinity() : (maximum[s] + log2f(sum)) * LN_2;
   }
 }

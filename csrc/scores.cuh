@@ -23,25 +23,25 @@ FINEGRAIN_DEVICE float lse_in_base_2(float lse) { return lse == -infinity() ? in
 
 // What the keys of one head and sequence add to the scores.
 struct KeyBias {
-  const float* bias;
-  const unsigned char* padding;
-  long long bias_stride;
-  long long padding_stride;
+  RowView<const float> bias;
+  RowView<const unsigned char> padding;
+  bool has_bias;
+  bool has_padding;
+  int num_keys;
 
   FINEGRAIN_DEVICE KeyBias(const AttentionArguments& arguments, const Sequence& sequence, int head)
-      : bias(arguments.bias.data ? sequence.of_keys<const float>(arguments.bias, head) : nullptr),
-        padding(arguments.padding.data ? sequence.of_keys<const unsigned char>(arguments.padding, 0) : nullptr),
-        bias_stride(arguments.bias.row_stride),
-        padding_stride(arguments.padding.row_stride) {}
+      : bias(sequence.keys<const float>(arguments.bias, head)),
+        padding(sequence.keys<const unsigned char>(arguments.padding)),
+        has_bias(arguments.bias.data),
+        has_padding(arguments.padding.data),
+        num_keys(sequence.num_keys) {}
 
   // 0 or -inf, for every row
-  FINEGRAIN_DEVICE float hidden(int key, int num_keys) const {
-    return key < num_keys && (!padding || padding[key * padding_stride]) ? 0.0f : -infinity();
+  FINEGRAIN_DEVICE float hidden(int key) const {
+    return key < num_keys && (!has_padding || padding[key]) ? 0.0f : -infinity();
   }
   // for rows that the bias acts on; 0 for keys that do not exist
-  FINEGRAIN_DEVICE float added(int key, int num_keys) const {
-    return bias && key < num_keys ? bias_in_base_2(bias[key * bias_stride]) : 0.0f;
-  }
+  FINEGRAIN_DEVICE float added(int key) const { return has_bias && key < num_keys ? bias_in_base_2(bias[key]) : 0.0f; }
 };
 
 // The biases of a tile of keys in shared memory, for kernels that walk through the keys; TURNS tiles in turn, so that
@@ -57,10 +57,10 @@ struct BiasTiles {
   FINEGRAIN_DEVICE explicit BiasTiles(SharedMemory& memory)
       : added(memory.take<float>(TURNS * S::STEP)), hidden(memory.take<float>(TURNS * S::STEP)) {}
 
-  FINEGRAIN_DEVICE void fetch(const KeyBias& bias, int first_key, int num_keys) {
+  FINEGRAIN_DEVICE void fetch(const KeyBias& bias, int first_key) {
     if (threadIdx.x >= S::STEP) return;
-    fetched_hidden = bias.hidden(first_key + threadIdx.x, num_keys);
-    fetched_added = fetched_hidden + bias.added(first_key + threadIdx.x, num_keys);
+    fetched_hidden = bias.hidden(first_key + threadIdx.x);
+    fetched_added = fetched_hidden + bias.added(first_key + threadIdx.x);
   }
   FINEGRAIN_DEVICE void put(int turn, bool has_gate) {
     if (threadIdx.x >= S::STEP) return;
@@ -72,14 +72,14 @@ struct BiasTiles {
 // First and last + 1 of this split's tiles of keys (tile = split + own * num_splits) that hold a key visible to some
 // row, so that neither the unfilled part of a static cache nor left padding is read. All threads must call it.
 template <class S>
-FINEGRAIN_DEVICE void visible_tiles(const KeyBias& bias, bool bias_hides, int num_keys, int split, int num_splits,
-                                    int& first, int& last, int* scratch) {
+FINEGRAIN_DEVICE void visible_tiles(const KeyBias& bias, bool bias_hides, int split, int num_splits, int& first,
+                                    int& last, int* scratch) {
   const int lane = lane_index();
   int lowest = last, highest = 0;
   for (int i = threadIdx.x; i < last * S::STEP; i += S::THREADS) {
     const int own = i / S::STEP, key = (split + own * num_splits) * S::STEP + i % S::STEP;
-    float added = bias.hidden(key, num_keys);
-    if (bias_hides) added += bias.added(key, num_keys);
+    float added = bias.hidden(key);
+    if (bias_hides) added += bias.added(key);
     if (added != -infinity()) {
       lowest = min(lowest, own);
       highest = max(highest, own + 1);
@@ -118,9 +118,8 @@ struct KeyTiles {
     if (arguments.is_causal) end = min(end, last_query + sequence.shift + 1);
     const int tiles = (max(end, 0) + S::STEP - 1) / S::STEP;
     last = max(tiles - split + num_splits - 1, 0) / num_splits;
-    const bool bias_hides = bias.bias && !arguments.gate.data;
-    if (bias_hides || bias.padding)
-      visible_tiles<S>(bias, bias_hides, sequence.num_keys, split, num_splits, first, last, scratch);
+    const bool bias_hides = bias.has_bias && !arguments.gate.data;
+    if (bias_hides || bias.has_padding) visible_tiles<S>(bias, bias_hides, split, num_splits, first, last, scratch);
   }
   FINEGRAIN_DEVICE int first_key(int own) const { return (split + own * num_splits) * S::STEP; }
 };
@@ -130,19 +129,17 @@ template <class S>
 struct LaneRows {
   using Matrix = WarpMatrix<typename S::Element>;
   QueryRows rows;
-  int first;  // of the warp
+  int first;                     // of the warp
   bool gated[S::ROW_BLOCKS][2];  // the bias acts on the row
 
   FINEGRAIN_DEVICE LaneRows(const AttentionArguments& arguments, const Sequence& sequence, const QueryRows& rows_,
                             int first_row)
       : rows(rows_), first(first_row + warp_index() * 16 * S::ROW_BLOCKS) {
-    const unsigned char* gate =
-        arguments.gate.data ? sequence.of_queries<const unsigned char>(arguments.gate, 0) : nullptr;
+    const auto gate = sequence.queries<const unsigned char>(arguments.gate);
 #pragma unroll
     for (int r = 0; r < S::ROW_BLOCKS; ++r) {
 #pragma unroll
-      for (int s = 0; s < 2; ++s)
-        gated[r][s] = !gate || (exists(r, s) && gate[query(r, s) * arguments.gate.row_stride]);
+      for (int s = 0; s < 2; ++s) gated[r][s] = !arguments.gate.data || (exists(r, s) && gate[query(r, s)]);
     }
   }
   FINEGRAIN_DEVICE int row(int r, int s) const {
@@ -151,6 +148,14 @@ struct LaneRows {
   FINEGRAIN_DEVICE bool exists(int r, int s) const { return row(r, s) < rows.count; }
   FINEGRAIN_DEVICE int query(int r, int s) const { return rows.query(row(r, s)); }
 };
+
+// Whether a row is there, and one that an attention map counts.
+template <class S>
+FINEGRAIN_DEVICE bool row_counts(const AttentionArguments& arguments, const Sequence& sequence, const LaneRows<S>& rows,
+                                 int s) {
+  if (!rows.exists(0, s)) return false;
+  return !arguments.row_mask.data || sequence.queries<const unsigned char>(arguments.row_mask)[rows.query(0, s)];
+}
 
 // dots = own step^T: the warp's own rows of a tile, and all rows of the tile that is walked through
 template <class S>
@@ -169,8 +174,7 @@ FINEGRAIN_DEVICE void dot_products(Sums (&dots)[S::STEP_BLOCKS][S::ROW_BLOCKS], 
   for (int d = 0; d < S::COLUMN_BLOCKS; ++d) {
     typename Matrix::Left left[S::ROW_BLOCKS];
 #pragma unroll
-    for (int r = 0; r < S::ROW_BLOCKS; ++r)
-      left[r] = Matrix::load_left(own + 16 * r * S::STRIDE + 16 * d, S::STRIDE);
+    for (int r = 0; r < S::ROW_BLOCKS; ++r) left[r] = Matrix::load_left(own + 16 * r * S::STRIDE + 16 * d, S::STRIDE);
 #pragma unroll
     for (int n = 0; n < S::STEP_BLOCKS; ++n)
       Matrix::add_product_transposed(dots[n], left, step + 16 * n * S::STRIDE + 16 * d, S::STRIDE);

@@ -23,11 +23,11 @@ struct LaneKeys {
       exists[s] = key[s] < sequence.num_keys;
     }
   }
-  FINEGRAIN_DEVICE void load(const KeyBias& bias, int num_keys) {
+  FINEGRAIN_DEVICE void load(const KeyBias& bias) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      hidden[s] = bias.hidden(key[s], num_keys);
-      added[s] = hidden[s] + bias.added(key[s], num_keys);
+      hidden[s] = bias.hidden(key[s]);
+      added[s] = hidden[s] + bias.added(key[s]);
     }
   }
 };
@@ -48,14 +48,13 @@ struct QueryColumns {
     const int i = threadIdx.x, query = first_query + i;
     if (i >= S::STEP) return false;
     bool is_row = query < sequence.num_queries;
-    if (is_row && arguments.row_mask.data)
-      is_row = sequence.of_queries<const unsigned char>(arguments.row_mask, 0)[query * arguments.row_mask.row_stride];
-    const float* row_lse = sequence.of_queries<const float>(arguments.lse, head);
-    const float* row_delta = sequence.of_queries<const float>(arguments.delta, head);
-    const unsigned char* row_gate = sequence.of_queries<const unsigned char>(arguments.gate, 0);
-    lse[i] = is_row ? lse_in_base_2(row_lse[query * arguments.lse.row_stride]) : infinity();
-    gate[i] = is_row && (!arguments.gate.data || row_gate[query * arguments.gate.row_stride]) ? 1.0f : 0.0f;
-    if (arguments.delta.data) delta[i] = is_row ? row_delta[query * arguments.delta.row_stride] : 0.0f;
+    if (is_row && arguments.row_mask.data) is_row = sequence.queries<const unsigned char>(arguments.row_mask)[query];
+    const auto row_lse = sequence.queries<const float>(arguments.lse, head);
+    const auto row_delta = sequence.queries<const float>(arguments.delta, head);
+    const auto row_gate = sequence.queries<const unsigned char>(arguments.gate);
+    lse[i] = is_row ? lse_in_base_2(row_lse[query]) : infinity();
+    gate[i] = is_row && (!arguments.gate.data || row_gate[query]) ? 1.0f : 0.0f;
+    if (arguments.delta.data) delta[i] = is_row ? row_delta[query] : 0.0f;
     return is_row;
   }
 };

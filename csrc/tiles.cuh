@@ -10,12 +10,12 @@ namespace finegrain {
 template <class ElementType, int WIDTH_, int WARPS_, int ROW_BLOCKS_, int STEP_>
 struct Shape {
   using Element = ElementType;
-  static constexpr int WIDTH = WIDTH_;            // head dimension, with columns of zeros up to a multiple of 16
+  static constexpr int WIDTH = WIDTH_;  // head dimension, with columns of zeros up to a multiple of 16
   static constexpr int WARPS = WARPS_;
   static constexpr int THREADS = 32 * WARPS;
   static constexpr int ROW_BLOCKS = ROW_BLOCKS_;  // of 16 rows that a warp owns
   static constexpr int ROWS = 16 * ROW_BLOCKS * WARPS;
-  static constexpr int STEP = STEP_;              // rows of the tile that all warps walk through together
+  static constexpr int STEP = STEP_;  // rows of the tile that all warps walk through together
   static constexpr int PER_VECTOR = 16 / sizeof(Element);
   static constexpr int VECTORS = WIDTH / PER_VECTOR;
   // An odd number of 16-byte units from row to row: eight rows in a row lie in different banks.
@@ -45,6 +45,16 @@ struct SharedBytes {
                                FLOATS_PER_STEP * S::STEP * 4 + 128;
 };
 
+// The rows of one head and sequence.
+template <class T>
+struct RowView {
+  T* data;
+  long long stride;
+
+  FINEGRAIN_DEVICE T* row(int index) const { return data + index * stride; }
+  FINEGRAIN_DEVICE T& operator[](int index) const { return data[index * stride]; }  // where a row is one number
+};
+
 // A batch entry, or a packed sequence, whose bounds are kept inside the buffers whatever cu_seqlens holds.
 struct Sequence {
   int batch;
@@ -64,17 +74,20 @@ struct Sequence {
   }
 
   template <class T>
-  FINEGRAIN_DEVICE T* of_queries(const Rows& rows, int head) const {
-    return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride +
-           first_query * rows.row_stride;
+  FINEGRAIN_DEVICE RowView<T> queries(const Rows& rows, int head = 0) const {
+    return view<T>(rows, head, first_query);
   }
   template <class T>
-  FINEGRAIN_DEVICE T* of_keys(const Rows& rows, int head) const {
-    return static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride +
-           first_key * rows.row_stride;
+  FINEGRAIN_DEVICE RowView<T> keys(const Rows& rows, int head = 0) const {
+    return view<T>(rows, head, first_key);
   }
 
  private:
+  template <class T>
+  FINEGRAIN_DEVICE RowView<T> view(const Rows& rows, int head, int first) const {
+    return {static_cast<T*>(rows.data) + batch * rows.batch_stride + head * rows.head_stride + first * rows.row_stride,
+            rows.row_stride};
+  }
   FINEGRAIN_DEVICE void bounds(const int* cu_seqlens, int total, int& first, int& count) const {
     first = min(max(cu_seqlens[batch], 0), total);
     count = min(max(cu_seqlens[batch + 1], first), total) - first;
@@ -126,8 +139,7 @@ struct CopyPlan {
   int first_row;
   int column;
 
-  FINEGRAIN_DEVICE CopyPlan()
-      : first_row(threadIdx.x / S::VECTORS), column(threadIdx.x % S::VECTORS * S::PER_VECTOR) {}
+  FINEGRAIN_DEVICE CopyPlan() : first_row(threadIdx.x / S::VECTORS), column(threadIdx.x % S::VECTORS * S::PER_VECTOR) {}
   FINEGRAIN_DEVICE bool copies(int pass) const {
     return first_row < PER_PASS && (ROWS % PER_PASS == 0 || first_row + pass * PER_PASS < ROWS);
   }
@@ -145,9 +157,9 @@ FINEGRAIN_DEVICE void copy_unaligned(typename S::Element* tile, const typename S
   }
 }
 
-// Copies ROWS rows, row_stride apart, into a tile of STRIDE; zeros where row >= count and beyond the dim columns there
-// are. Between begin and finish the data is on its way: by itself into shared memory (then commit and wait), or, before
-// sm_80, into registers. The tile must be free from begin on.
+// Copies ROWS rows, from `first` on, into a tile of STRIDE; zeros for rows from `end` on and beyond the dim columns
+// there are. Between begin and finish the data is on its way: by itself into shared memory (then commit and wait), or,
+// before sm_80, into registers. The tile must be free from begin on.
 template <class S, int ROWS>
 struct TileCopy {
   using Element = typename S::Element;
@@ -156,13 +168,12 @@ struct TileCopy {
   uint4 vectors[Plan::PASSES];
 #endif
 
-  FINEGRAIN_DEVICE void begin(Element* tile, const Element* base, long long row_stride, int count, int dim,
-                              bool aligned) {
+  FINEGRAIN_DEVICE void begin(Element* tile, RowView<const Element> rows, int first, int end, int dim, bool aligned) {
+    int count = end - first;
     if (!aligned)
-      return copy_unaligned<S, ROWS>(
-          tile, base, [row_stride](int row) { return row * row_stride; }, count, dim);
+      return copy_unaligned<S, ROWS>(tile, rows.row(first), [&](int row) { return row * rows.stride; }, count, dim);
     const Plan plan;
-    const Element* source = base + plan.first_row * row_stride + plan.column;
+    const Element* source = rows.row(first) + plan.first_row * rows.stride + plan.column;
     if (plan.column >= dim) count = 0;
 #pragma unroll
     for (int pass = 0; pass < Plan::PASSES; ++pass) {
@@ -173,7 +184,7 @@ struct TileCopy {
 #else
       vectors[pass] = plan.copies(pass) && is_valid ? load_vector<uint4>(source) : make_uint4(0, 0, 0, 0);
 #endif
-      source += Plan::PER_PASS * row_stride;
+      source += Plan::PER_PASS * rows.stride;
     }
   }
 
@@ -192,14 +203,14 @@ struct TileCopy {
 
 // Begins and finishes at once.
 template <class S, int ROWS>
-FINEGRAIN_DEVICE void load_tile(typename S::Element* tile, const typename S::Element* base, long long row_stride,
-                                int count, int dim, bool aligned) {
+FINEGRAIN_DEVICE void load_tile(typename S::Element* tile, RowView<const typename S::Element> rows, int first, int end,
+                                int dim, bool aligned) {
   TileCopy<S, ROWS> copy;
-  copy.begin(tile, base, row_stride, count, dim, aligned);
+  copy.begin(tile, rows, first, end, dim, aligned);
   copy.finish(tile, aligned);
 }
 
-// The same for rows given by offset_of(row) from base.
+// The same for `count` rows given by offset_of(row) from base.
 template <class S, int ROWS, class OffsetOf>
 FINEGRAIN_DEVICE void gather_tile(typename S::Element* tile, const typename S::Element* base, OffsetOf offset_of,
                                   int count, int dim, bool aligned) {

@@ -73,7 +73,7 @@ struct TensorCores {
     for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float(&part)[4] = reinterpret_cast<float(&)[4]>(sums[i][4 * half]);
+        float (&part)[4] = reinterpret_cast<float (&)[4]>(sums[i][4 * half]);
 #if FINEGRAIN_ARCH >= 800
         multiply_16x8x16(Element{}, part, left[i].registers, right[2 * half], right[2 * half + 1]);
 #else
@@ -253,7 +253,7 @@ struct Float32 {
           for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
             for (int s = 0; s < 2; ++s) {
-              const float(&row)[16] = left[i].rows[s];
+              const float (&row)[16] = left[i].rows[s];
               float& sum = sums[i][4 * c + 2 * s + e];
               sum = fmaf(row[k], column.x, sum);
               sum = fmaf(row[k + 1], column.y, sum);
@@ -284,7 +284,8 @@ struct MatrixOf<float> {
 template <class Element>
 using WarpMatrix = typename MatrixOf<Element>::type;
 
-// ------------------------------------------------------------------------------------------------------- row reductions
+// ------------------------------------------------------------------------------------------------------- row
+// reductions
 
 template <class Matrix>
 FINEGRAIN_DEVICE float sum_of_row(float value) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from finegrain_ops.backends.sdpa import engines
 DEVICE = os.environ.get("FINEGRAIN_DEVICE", "cpu")
 
 
-def ways(*on_a_cpu: str) -> list[str]:
+def ways(*on_a_cpu: str) -> list[Any]:
     """Backends to parametrise a test with. A CPU can also go another device's way ("sdpa on any device"); on a device
-    each backend has its own, and triton joins them. (On a CPU it has a process of its own, and tests of its own.)
+    each backend has its own, and triton and cuda join them. (On a CPU these have processes and tests of their own.)
     """
     if DEVICE == "cpu":
         return list(on_a_cpu)
-    return [*dict.fromkeys(way.split()[0] for way in on_a_cpu), "triton"]
+    reasons = backends.load("cuda").unavailable_reasons()
+    needs_cuda = pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
+    return [*dict.fromkeys(way.split()[0] for way in on_a_cpu), "triton", pytest.param("cuda", marks=needs_cuda)]
 
 
 def require_support(backend: str, dtype: torch.dtype, operator: str = "reweighted_attention") -> None:

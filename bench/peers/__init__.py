@@ -9,19 +9,20 @@ from __future__ import annotations
 from collections.abc import Container
 
 from ..inputs import CaseInputs, PackedInputs
-from ..operations import BACKWARD, DECODE, FORWARD, PACKED, READ_OUT
+from ..operations import BACKWARD, DECODE, FORWARD, MASKED, PACKED, READ_OUT
 from . import eager, finegrain, flex, sdpa, third_party
 from .eager import EAGER
 from .finegrain import ours, ours_unbiased
 from .flex import FLEX_ATTENTION
 from .interface import NEEDS_CUDA, Call, Gradients, Peer, PeerUnavailable
-from .sdpa import SDPA_UNBIASED
+from .sdpa import SDPA_EFFICIENT_MASK, SDPA_UNBIASED
 from .third_party import FLASH_ATTN
 
 __all__ = [
     "EAGER",
     "FLEX_ATTENTION",
     "NEEDS_CUDA",
+    "SDPA_EFFICIENT_MASK",
     "SDPA_UNBIASED",
     "Call",
     "Gradients",
@@ -43,6 +44,7 @@ _BASES = {
     READ_OUT: tuple(
         finegrain.one_forward(backend, device) for backend in ("triton", "cuda", "sdpa") for device in ("cuda", "cpu")
     ),
+    MASKED: (SDPA_EFFICIENT_MASK,),
 }
 
 
@@ -58,6 +60,9 @@ def peers_for(operation: str, device_type: str) -> list[Peer]:
         ]
     if operation == READ_OUT:
         return [*finegrain.read_out_peers(device_type), *eager.read_out_peers()]
+    if operation == MASKED:
+        theirs = (SDPA_EFFICIENT_MASK, SDPA_UNBIASED)
+        return [*finegrain.cuda_peers(), *(peer for peer in sdpa.dense_peers(device_type) if peer.name in theirs)]
     return [
         *finegrain.dense_peers(device_type),
         *sdpa.dense_peers(device_type),

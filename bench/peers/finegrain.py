@@ -41,6 +41,13 @@ def packed_peers(device_type: str) -> list[Peer]:
     return _biased_and_unbiased(device_type, _packed_attention)
 
 
+def cuda_peers() -> list[Peer]:
+    return [
+        Peer(ours("cuda"), _attention("cuda", True), is_ours=True, needs_cuda=True),
+        Peer(ours_unbiased("cuda"), _attention("cuda", False), is_ours=True, is_biased=False, needs_cuda=True),
+    ]
+
+
 def read_out_peers(device_type: str) -> list[Peer]:
     """With the logsumexp of a forward pass, which a model has anyway, a read-out needs one pass instead of two."""
     backends = _backends(device_type)
@@ -57,8 +64,10 @@ def read_out_peers(device_type: str) -> list[Peer]:
 
 
 def _biased_and_unbiased(device_type: str, prepare: Callable[[str, bool], Prepare]) -> list[Peer]:
+    absent = ["cuda"] if device_type == "cpu" else []
     return [
         *(Peer(ours(name, device_type), prepare(name, True), is_ours=True) for name in _backends(device_type)),
+        *(Peer(ours(name), prepare(name, True), is_ours=True, needs_cuda=True) for name in absent),
         *(
             Peer(ours_unbiased(name), prepare(name, False), is_ours=True, is_biased=False, needs_cuda=True)
             for name in _FUSED

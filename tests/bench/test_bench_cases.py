@@ -5,16 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import HEAD_DIMS, SIZES, AttentionCase, cache, cases_for, causal, llava_read_out, packed
+from bench.cases import HEAD_DIMS, SIZES, AttentionCase, cache, cases_for, causal, llava_read_out, masked, packed
 from bench.ceilings import Ceilings, MeasuredCeilings, copy_gb_per_s, matmul_tflops
 from bench.inputs import PackedInputs, make_inputs, packed_region_mask, region_mask
-from bench.operations import BACKWARD, DECODE, OPERATIONS, PACKED, READ_OUT, decode_bytes, flops, score_count, speed
-from bench.peers import peers_for
+from bench.operations import (
+    BACKWARD,
+    DECODE,
+    FORWARD,
+    MASKED,
+    OPERATIONS,
+    PACKED,
+    READ_OUT,
+    decode_bytes,
+    flops,
+    score_count,
+    speed,
+)
+from bench.peers import NEEDS_CUDA, SDPA_EFFICIENT_MASK, SDPA_UNBIASED, ours, ours_unbiased, peers_for, start_all
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+SWEPT = [operation for operation in OPERATIONS if operation != MASKED]  # the sweep of FORWARD has its peers
+
+
+@pytest.mark.parametrize("operation", SWEPT)
 def test_cuda_covers_every_promised_size_head_dimension_dtype_and_kind_of_heads(operation: str) -> None:
     cases = [case for case in cases_for("cuda") if case.operation == operation]
     assert {(case.num_keys, case.head_dim) for case in cases} >= {(n, d) for n in SIZES for d in HEAD_DIMS}
@@ -28,10 +43,51 @@ def test_cuda_covers_every_promised_size_head_dimension_dtype_and_kind_of_heads(
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_quick_set_has_every_operation_and_comes_first_in_the_full_one(device_type: str) -> None:
     quick, full = cases_for(device_type, "quick"), cases_for(device_type, "full")
-    assert {case.operation for case in quick} == set(OPERATIONS)
+    operations = OPERATIONS if device_type == "cuda" else tuple(SWEPT)
+    assert {case.operation for case in quick} == set(operations)
     assert [case.id for case in full[: len(quick)]] == [case.id for case in quick]
     assert len({case.id for case in full}) == len(full)
-    assert [case.operation for case in quick[: len(OPERATIONS)]] == list(OPERATIONS)
+    assert [case.operation for case in quick[: len(operations)]] == list(operations)
+
+
+def test_the_cuda_kernels_are_compared_with_a_mask_at_the_promised_sizes() -> None:
+    cases = [case for case in cases_for("cuda", "quick") if case.operation == MASKED]
+    assert {(case.num_keys, case.head_dim, case.is_causal) for case in cases} == {
+        (num_keys, head_dim, is_causal)
+        for num_keys in (512, 1024, 2048, 4096)
+        for head_dim in (64, 128)
+        for is_causal in (True, False)
+    }
+    assert {case.dtype for case in cases} == {torch.float16}
+    names = {peer.name for peer in peers_for(MASKED, "cuda")}
+    assert names == {ours("cuda"), ours_unbiased("cuda"), SDPA_EFFICIENT_MASK, SDPA_UNBIASED}
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_masked_is_a_forward_pass(is_causal: bool) -> None:
+    case = masked(512, 64, is_causal)
+    forward = causal(512, 64, torch.float16, FORWARD)
+    assert flops(case) == flops(forward) * (1 if is_causal else 2)
+    inputs = make_inputs(case, CPU)
+    assert inputs.query.shape == inputs.key.shape == (1, 16, 512, 64)
+    assert not inputs.query.requires_grad
+
+
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation != READ_OUT])
+def test_on_a_cpu_the_cuda_kernels_and_their_rival_say_why_they_are_absent(operation: str) -> None:
+    wanted = [ours("cuda"), ours_unbiased("cuda"), *([SDPA_EFFICIENT_MASK] if operation != PACKED else [])]
+    peers = [peer for peer in peers_for(operation, "cpu") if peer.name in wanted]
+    case = packed(256, 64, torch.float32) if operation == PACKED else causal(256, 64, torch.float32, operation)
+    _, reasons = start_all(peers, make_inputs(case, CPU))
+    assert reasons == dict.fromkeys(wanted, NEEDS_CUDA)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_on_a_gpu_the_cuda_kernels_join_every_operation(operation: str) -> None:
+    names = [peer.name for peer in peers_for(operation, "cuda")]
+    assert ours("cuda") in names
+    if operation in (FORWARD, BACKWARD, DECODE, MASKED):
+        assert {SDPA_EFFICIENT_MASK, SDPA_UNBIASED, ours_unbiased("cuda")} <= set(names)
 
 
 def test_flops_are_counted_as_stated() -> None:

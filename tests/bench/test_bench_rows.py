@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from bench import report
-from bench.cases import SIZES, cache, causal, llava_read_out, packed
+from bench.cases import SIZES, AttentionCase, cache, causal, llava_read_out, masked, packed
 from bench.ceilings import Ceilings
 from bench.markdown import BEGIN, END, markdown, replace_between_markers
-from bench.operations import BACKWARD, DECODE, FORWARD, OPERATIONS, PACKED, READ_OUT
-from bench.peers import base_peer, ours_unbiased, peers_for
+from bench.operations import BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
+from bench.peers import SDPA_EFFICIENT_MASK, base_peer, ours, ours_unbiased, peers_for
 from bench.results import RESULTS, RowStore, load, newest, not_run_row, time_rows
 from bench.tables import as_text
 
@@ -46,11 +46,14 @@ def pretended_rows(sizes: tuple[int, ...] = SIZES) -> list[dict]:
                 cache(size, 80, dtype),
                 packed(size, 96, dtype),
                 causal(size, 64, dtype, READ_OUT),
+                *([masked(size, 64, is_causal=False)] if dtype == torch.float16 else []),
             ):
                 own = f"one forward, {OURS}" if case.operation == READ_OUT else UNBIASED
                 ms = {OURS: 0.01 * size, own: 0.0098 * size, EAGER: 0.1 * size}
                 if case.operation in (FORWARD, BACKWARD, DECODE):
                     ms[FLASH] = 0.008 * size
+                if case.operation == MASKED:
+                    ms = {ours("cuda"): 0.02 * size, SDPA_EFFICIENT_MASK: 0.025 * size}
                 samples = {peer: [mean * (1 + 0.01 * step) for step in range(15)] for peer, mean in ms.items()}
                 measured = {peer: {"error": 1e-3, "peak_bytes": 1 << 20} for peer in samples}
                 rows += time_rows(case, MACHINE, samples, ceilings, peers_for(case.operation, "cuda"), measured)
@@ -106,11 +109,49 @@ def test_a_forward_beside_a_read_out_of_few_rows_is_counted_as_a_forward() -> No
         (PACKED, {"SDPA unbiased, per sequence", "flash-attn unbiased"}, "flash-attn unbiased"),
         (PACKED, {"SDPA unbiased, per sequence"}, "SDPA unbiased, per sequence"),
         (READ_OUT, {"one forward, finegrain_ops sdpa"}, "one forward, finegrain_ops sdpa"),
+        (MASKED, {"SDPA unbiased", SDPA_EFFICIENT_MASK}, SDPA_EFFICIENT_MASK),
+        (MASKED, {"SDPA unbiased"}, None),
         (FORWARD, {EAGER}, None),
     ],
 )
 def test_the_base_is_the_first_candidate_that_ran(operation: str, ran: set[str], base: str | None) -> None:
     assert base_peer(operation, ran) == base
+
+
+def rows_with_a_mask(case: AttentionCase) -> list[dict]:
+    """The CUDA kernels take 0.8 of the time that the memory-efficient kernel takes with a mask."""
+    ms = {ours("cuda"): 0.8, SDPA_EFFICIENT_MASK: 1.0, "SDPA unbiased": 0.5}
+    if case.operation == FORWARD:
+        ms = {OURS: 0.6, **ms}
+    samples = {peer: [mean] * 15 for peer, mean in ms.items()}
+    measured = {peer: {} for peer in samples}
+    return time_rows(case, MACHINE, samples, Ceilings(800.0, 4000.0), peers_for(case.operation, "cuda"), measured)
+
+
+def test_the_ratio_of_the_cuda_kernels_to_a_mask_is_shown() -> None:
+    """Where that is the base as the ratio of their row; beside another base in a column of its own."""
+    rows = rows_with_a_mask(masked(1024, 64, is_causal=False))
+    assert {row["base"] for row in rows} == {SDPA_EFFICIENT_MASK}
+    text = markdown(rows)
+    assert "0.8, 0.80x" in text
+    assert "ours / SDPA memory-efficient with mask" not in text  # a summary needs more than one case
+    assert "cuda / memory-efficient with mask" not in text
+    assert "to mask" not in as_text(rows)
+
+    rows = rows_with_a_mask(causal(1024, 64, torch.float16))
+    (line,) = [line for line in markdown(rows).splitlines() if line.startswith("| causal-n1024-d64-float16 ")]
+    (header,) = [line for line in markdown(rows).splitlines() if line.startswith("| case ")]
+    cells = dict(zip(header.split(" | "), line.split(" | ")))
+    assert cells["cuda / memory-efficient with mask"] == "0.80x"
+    shown = as_text(rows, width=160).splitlines()
+    assert any("to mask" in line for line in shown)
+    assert next(line for line in shown if ours("cuda") in line).split()[-1] == "0.80"
+    assert next(line for line in shown if OURS in line).split()[-1] == "0.60"
+
+
+def test_both_kinds_of_masked_cases_are_summarized() -> None:
+    rows = [row for is_causal in (True, False) for row in rows_with_a_mask(masked(512, 64, is_causal))]
+    assert "Over 2 cases ours / SDPA memory-efficient with mask is 0.80, from 0.80 to 0.80." in markdown(rows)
 
 
 def test_rows_from_before_there_were_operations_are_forward_passes(tmp_path: Path) -> None:

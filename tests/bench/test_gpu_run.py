@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_time_is_divided(total: float) -> None:
     """Also where the tests take all that they may, time is left for benchmarks, and for the last of them to end."""
     budget = gpu.Budget(total)
-    assert 0 < budget.tests < budget.tests_limit < total
+    assert 0 < budget.compiling < 0.5 * budget.tests < budget.tests < budget.tests_limit < total
     assert budget.benchmarks(budget.tests_limit) > 0.3 * total
     for elapsed in (0.0, budget.tests_limit, total):
         assert elapsed + budget.benchmarks(elapsed) <= max(elapsed, 0.95 * total)
@@ -75,7 +76,19 @@ def test_commands_end_in_time(capfd: pytest.CaptureFixture[str]) -> None:
     printed = capfd.readouterr()
     assert "did not end within 3 s" in printed.err
     pid = int(printed.out.splitlines()[-1])
-    assert not Path(f"/proc/{pid}/cmdline").exists() or Path(f"/proc/{pid}/cmdline").read_bytes() == b""
+    for _ in range(50):  # it is killed, but may not have ended yet
+        if not _is_running(pid):
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {pid} is still running")
+
+
+def _is_running(pid: int) -> bool:
+    """A zombie has no command line."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_variables_of_commands(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +115,8 @@ def test_what_stops_what(
     monkeypatch.setattr(gpu, "finish_sanitizers", lambda *_: sanitizers)
     monkeypatch.setattr(gpu, "run", run)
     assert gpu.main(["--jobs", "1"]) == status
-    assert ["bench" in command for command in commands] == [False] + [True] * measured
+    assert commands[0][-1] == "bench.cuda_variants"
+    assert ["bench" in command for command in commands] == [False, False] + [True] * measured
 
 
 def test_sanitizer_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -127,6 +141,11 @@ def pretended_sanitizer(folder: Path, script: str) -> None:
         ("echo '========= ERROR SUMMARY: 0 errors'; exit 0", "no errors", 0),
         ("echo '========= Invalid read'; exit 99", "Invalid read", 1),
         ("echo 'Device not supported'; exit 1", "cannot watch", 0),
+        (
+            "echo 'the backend cannot run here: no bindings'; exit 1",
+            "cuda: the backend cannot run here: no bindings",
+            0,
+        ),
         ("exit 3", "status 3", 1),
         ("/bin/sleep 30", "not finished", 0),
     ],
@@ -144,7 +163,9 @@ def test_sanitizers(
     assert gpu.finish_sanitizers(gpu.start_sanitizers(), 5.0 if "sleep" not in script else 1.0) == status
     printed = capsys.readouterr().out
     assert word in printed
-    assert "compute-sanitizer racecheck" in printed
+    for tool in ("memcheck", "racecheck"):
+        for backend in gpu.BACKENDS:
+            assert f"compute-sanitizer {tool} of {backend}: " in printed
 
 
 def test_no_sanitizer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,3 +201,46 @@ def test_small_calls_launch_every_kernel(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     gpu_kernels.main("cuda" if torch.cuda.is_available() else "cpu")
     assert launched == set(kernels)
+
+
+def test_small_calls_launch_every_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them aligned and not, and every kernel in float32 too, which has code of its own."""
+    from bench import gpu_kernels
+    from finegrain_ops import backends
+    from finegrain_ops.backends.cuda import machine
+    from finegrain_ops.backends.cuda.variants import Variant, all_variants
+
+    launched = []
+
+    class Watched:
+        architecture, num_processors = 90, 132
+
+        def launch(self, variant: Variant, grid: tuple[int, int, int], arguments: object) -> None:
+            launched.append((variant, bool(getattr(arguments, "aligned", True))))
+
+    monkeypatch.setattr(machine, "unavailable_reasons", lambda: [])
+    monkeypatch.setattr(machine, "device_reasons", lambda device_type, index: [])
+    monkeypatch.setattr(machine, "launcher", lambda device: Watched())
+    backends.select.cache_clear()
+    try:
+        gpu_kernels.main("cpu", "cuda")
+    finally:
+        backends.select.cache_clear()
+    for element in ("half_t", "float"):
+        called = {(variant.kernel, variant.options) for variant, _ in launched if variant.element == element}
+        every = [variant for variant in all_variants([90]) if variant.element == element]
+        assert called == {(variant.kernel, variant.options) for variant in every}
+    for kernel in ("attention_forward", "attention_backward_query", "attention_backward_keys"):
+        assert {aligned for variant, aligned in launched if variant.kernel == kernel} == {True, False}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("backend", gpu.BACKENDS)
+def test_small_calls_say_why_they_cannot_run(backend: str) -> None:
+    """In the words that `judge_sanitizer` looks for, so that this is no error of a kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench.gpu_kernels", backend]
+    done = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, check=False)
+    verdict, is_error = gpu.judge_sanitizer(done.returncode, done.stdout)
+    assert verdict.startswith(gpu.CANNOT_RUN)
+    assert not is_error

@@ -77,7 +77,7 @@ __forceinline__ int __float_as_int(float value) { return (int)simulator::bits_of
 __forceinline__ float __int_as_float(int bits) { return simulator::float_of((unsigned)bits); }
 
 // The overloads of a CUDA compiler and no template, so that what is ambiguous there is ambiguous here.
-#define FINEGRAIN_MIN_MAX(Left, Right, Result)                                                                 \
+#define FINEGRAIN_MIN_MAX(Left, Right, Result)                                                          \
   __forceinline__ Result min(Left a, Right b) { return (Result)a < (Result)b ? (Result)a : (Result)b; } \
   __forceinline__ Result max(Left a, Right b) { return (Result)a > (Result)b ? (Result)a : (Result)b; }
 FINEGRAIN_MIN_MAX(int, int, int)

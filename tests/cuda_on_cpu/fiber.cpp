@@ -64,4 +64,3 @@ finegrain_switch_stack:
   .size finegrain_switch_stack, .-finegrain_switch_stack
 )");
 #endif
-

@@ -1,12 +1,12 @@
 // Stacks that take turns on one OS thread. A switch costs a few nanoseconds: swapcontext would do a system call each.
 #pragma once
 
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-
-#include <sys/mman.h>
-#include <unistd.h>
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>

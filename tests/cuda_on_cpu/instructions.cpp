@@ -74,7 +74,7 @@ Index thread_index() { return {running.thread, 0, 0}; }
 Index block_index() { return machine.block; }
 Index block_size() { return {static_cast<unsigned>(machine.launch->threads), 1, 1}; }
 Index grid_size() {
-  const int(&grid)[3] = machine.launch->grid;
+  const int (&grid)[3] = machine.launch->grid;
   return {static_cast<unsigned>(grid[0]), static_cast<unsigned>(grid[1]), static_cast<unsigned>(grid[2])};
 }
 unsigned char* shared_memory() { return reinterpret_cast<unsigned char*>(running.shared); }
@@ -124,9 +124,8 @@ FourSums multiply_16x8x16_half(float sum_0, float sum_1, float sum_2, float sum_
   bring({sum_0, sum_1, sum_2, sum_3}, {left_0, left_1, left_2, left_3}, {right_0, right_1});
   return multiply_at<multiply_16x8<Half, 16>>(Point::MULTIPLY_16X8X16_HALF, __builtin_return_address(0));
 }
-FourSums multiply_16x8x16_bfloat16(float sum_0, float sum_1, float sum_2, float sum_3, unsigned left_0,
-                                   unsigned left_1, unsigned left_2, unsigned left_3, unsigned right_0,
-                                   unsigned right_1) {
+FourSums multiply_16x8x16_bfloat16(float sum_0, float sum_1, float sum_2, float sum_3, unsigned left_0, unsigned left_1,
+                                   unsigned left_2, unsigned left_3, unsigned right_0, unsigned right_1) {
   bring({sum_0, sum_1, sum_2, sum_3}, {left_0, left_1, left_2, left_3}, {right_0, right_1});
   return multiply_at<multiply_16x8<Bfloat16, 16>>(Point::MULTIPLY_16X8X16_BFLOAT16, __builtin_return_address(0));
 }
@@ -178,8 +177,8 @@ void start_copy(void* shared, const void* global, bool is_valid) {
   memory_checks.check(shared, 16, Access::START_OF_COPY, site);
   memset(shared, 0xff, 16);
   Thread& thread = *machine.thread;
-  thread.copies.push_back({static_cast<unsigned char*>(shared), is_valid ? global : nullptr, thread.groups_committed,
-                           site});
+  thread.copies.push_back(
+      {static_cast<unsigned char*>(shared), is_valid ? global : nullptr, thread.groups_committed, site});
 }
 
 void commit_copies() { ++machine.thread->groups_committed; }

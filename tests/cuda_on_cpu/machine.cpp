@@ -182,8 +182,8 @@ bool arrive(Point point, const void* return_address) {
     fail("the thread waits at %s [+0x%x] while %d lanes of its warp have ended", name_of(point), own_operands().site,
          warp.num_finished);
   if (warp.num_arrived && warp.point != point)
-    fail("the thread has come to %s [+0x%x] while %d lanes of its warp wait at %s", name_of(point),
-         own_operands().site, warp.num_arrived, name_of(warp.point));
+    fail("the thread has come to %s [+0x%x] while %d lanes of its warp wait at %s", name_of(point), own_operands().site,
+         warp.num_arrived, name_of(warp.point));
   warp.point = point;
   ++warp.num_arrived;
   if (warp.num_arrived < 32 || point >= Point::SYNC_THREADS) {

@@ -33,17 +33,15 @@ unsigned shuffle(unsigned mask, unsigned value, int source_lane);
 FourRegisters load_matrices(const void* row);
 FourRegisters load_matrices_transposed(const void* row);
 // The accumulators come first, in registers of their own.
-FourSums multiply_16x8x16_half(float, float, float, float, unsigned left_0, unsigned left_1,
-                                                unsigned left_2, unsigned left_3, unsigned right_0, unsigned right_1);
-FourSums multiply_16x8x16_bfloat16(float, float, float, float, unsigned left_0, unsigned left_1,
-                                                    unsigned left_2, unsigned left_3, unsigned right_0,
-                                                    unsigned right_1);
+FourSums multiply_16x8x16_half(float, float, float, float, unsigned left_0, unsigned left_1, unsigned left_2,
+                               unsigned left_3, unsigned right_0, unsigned right_1);
+FourSums multiply_16x8x16_bfloat16(float, float, float, float, unsigned left_0, unsigned left_1, unsigned left_2,
+                                   unsigned left_3, unsigned right_0, unsigned right_1);
 FourSums multiply_16x8x8(float, float, float, float, unsigned left_0, unsigned left_1, unsigned right);
-FourSums multiply_8x8x4_by_columns(float, float, float, float, float, float, float, float,
-                                                    unsigned left_0, unsigned left_1, unsigned right_0,
-                                                    unsigned right_1);
-FourSums multiply_8x8x4_by_rows(float, float, float, float, float, float, float, float,
-                                                 unsigned left_0, unsigned left_1, unsigned right_0, unsigned right_1);
+FourSums multiply_8x8x4_by_columns(float, float, float, float, float, float, float, float, unsigned left_0,
+                                   unsigned left_1, unsigned right_0, unsigned right_1);
+FourSums multiply_8x8x4_by_rows(float, float, float, float, float, float, float, float, unsigned left_0,
+                                unsigned left_1, unsigned right_0, unsigned right_1);
 FourSums last_four_sums();  // of the eight that an 8 x 8 x 4 product has just computed
 
 // Several elements at once, checked as one access.

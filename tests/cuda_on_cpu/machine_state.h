@@ -43,9 +43,9 @@ struct Thread {
 
 struct Warp {
   int first_thread;
-  int order[32];      // of lanes
-  int position;       // in that order, of the lane that runs
-  int num_arrived;    // at point
+  int order[32];    // of lanes
+  int position;     // in that order, of the lane that runs
+  int num_arrived;  // at point
   int num_finished;
   Point point;
   int any_predicate;  // of __syncthreads_or

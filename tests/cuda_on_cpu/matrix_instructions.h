@@ -93,7 +93,7 @@ inline void multiply_8x8x4(WarpOperands& lanes) {
     multiply_add<8, 8, 4>(sums, left, right);
     for (int half = 0; half < 2; ++half) {
       for (int own = 0; own < 4; ++own) {
-        float(&to)[8] = lanes[16 * half + 4 * quad + own].sums;
+        float (&to)[8] = lanes[16 * half + 4 * quad + own].sums;
         for (int i = 0; i < 8; ++i) to[i] = sums[(own & 1) + (i & 2) + 4 * half][(i & 4) + (own & 2) + (i & 1)];
       }
     }

@@ -114,15 +114,17 @@ void RaceDetector::report(const Cell& cell, size_t offset, Access access, unsign
   const unsigned before = was_write ? cell.writer : cell.reader, warp = before / 32;
   const unsigned before_site = was_write ? cell.write_site : cell.read_site;
   if (cell.is_copy_pending)
-    fail("shared memory byte %zu is %s [+0x%x] while an asynchronous copy of thread %u [+0x%x] is still on its way: "
-         "wait_for_copies comes first",
-         offset, name_of(access), site, before, before_site);
+    fail(
+        "shared memory byte %zu is %s [+0x%x] while an asynchronous copy of thread %u [+0x%x] is still on its way: "
+        "wait_for_copies comes first",
+        offset, name_of(access), site, before, before_site);
   const bool same_warp = warp == running.thread / 32 && !(cell.many_warps && !was_write);
-  fail("race on shared memory byte %zu: %s by thread %u (warp %u) [+0x%x] after it was %s by thread %u (warp %u%s) "
-       "[+0x%x], without a %s between",
-       offset, name_of(access), running.thread, running.thread / 32, site, was_write ? "written" : "read", before, warp,
-       !was_write && cell.many_warps ? ", and by other warps" : "", before_site,
-       same_warp ? "__syncwarp" : "__syncthreads");
+  fail(
+      "race on shared memory byte %zu: %s by thread %u (warp %u) [+0x%x] after it was %s by thread %u (warp %u%s) "
+      "[+0x%x], without a %s between",
+      offset, name_of(access), running.thread, running.thread / 32, site, was_write ? "written" : "read", before, warp,
+      !was_write && cell.many_warps ? ", and by other warps" : "", before_site,
+      same_warp ? "__syncwarp" : "__syncthreads");
 }
 
 // -------------------------------------------------------------------------------------------------------------- bounds
@@ -131,8 +133,8 @@ void MemoryChecks::begin(const Launch& launch) {
   regions_.clear();
   for (int i = 0; i < launch.num_buffers; ++i) {
     const Buffer& buffer = launch.buffers[i];
-    regions_.push_back({static_cast<uintptr_t>(buffer.address), static_cast<size_t>(buffer.bytes),
-                        buffer.is_writable != 0});
+    regions_.push_back(
+        {static_cast<uintptr_t>(buffer.address), static_cast<size_t>(buffer.bytes), buffer.is_writable != 0});
   }
   const uintptr_t arguments = reinterpret_cast<uintptr_t>(launch.arguments);
   regions_.push_back({arguments, static_cast<size_t>(launch.argument_bytes), false});
@@ -191,8 +193,7 @@ void MemoryChecks::report(uintptr_t address, size_t bytes, bool writes, unsigned
   if (least > (1u << 30))
     fail("%s of %zu bytes at %#zx, which is far from every buffer [+0x%x]", verb, bytes, static_cast<size_t>(address),
          site);
-  if (is_across)
-    fail("%s of %zu bytes that reaches beyond the end of %s [+0x%x]", verb, bytes, region, site);
+  if (is_across) fail("%s of %zu bytes that reaches beyond the end of %s [+0x%x]", verb, bytes, region, site);
   fail("%s of %zu bytes, %zu bytes %s %s [+0x%x]", verb, bytes, least, is_after ? "after the end of" : "before", region,
        site);
 }
@@ -231,17 +232,15 @@ inline __attribute__((always_inline)) void access(const void* address, size_t by
 
 }  // namespace
 
-#define FINEGRAIN_ACCESS(name, bytes, kind, is_aligned)                         \
-  extern "C" void name(const void* address) {                 \
-    access(address, bytes, kind, is_aligned, __builtin_return_address(0));     \
-  }
+#define FINEGRAIN_ACCESS(name, bytes, kind, is_aligned) \
+  extern "C" void name(const void* address) { access(address, bytes, kind, is_aligned, __builtin_return_address(0)); }
 // A struct of 16 bytes need not be aligned to more than 8.
-#define FINEGRAIN_ACCESSES(bytes, is_aligned)                                               \
-  FINEGRAIN_ACCESS(__tsan_read##bytes, bytes, Access::READ, is_aligned)                     \
-  FINEGRAIN_ACCESS(__tsan_write##bytes, bytes, Access::WRITE, is_aligned)                   \
-  FINEGRAIN_ACCESS(__tsan_unaligned_read##bytes, bytes, Access::READ, false)                \
-  FINEGRAIN_ACCESS(__tsan_unaligned_write##bytes, bytes, Access::WRITE, false)              \
-  FINEGRAIN_ACCESS(__tsan_volatile_read##bytes, bytes, Access::READ, is_aligned)            \
+#define FINEGRAIN_ACCESSES(bytes, is_aligned)                                    \
+  FINEGRAIN_ACCESS(__tsan_read##bytes, bytes, Access::READ, is_aligned)          \
+  FINEGRAIN_ACCESS(__tsan_write##bytes, bytes, Access::WRITE, is_aligned)        \
+  FINEGRAIN_ACCESS(__tsan_unaligned_read##bytes, bytes, Access::READ, false)     \
+  FINEGRAIN_ACCESS(__tsan_unaligned_write##bytes, bytes, Access::WRITE, false)   \
+  FINEGRAIN_ACCESS(__tsan_volatile_read##bytes, bytes, Access::READ, is_aligned) \
   FINEGRAIN_ACCESS(__tsan_volatile_write##bytes, bytes, Access::WRITE, is_aligned)
 FINEGRAIN_ACCESSES(1, true)
 FINEGRAIN_ACCESSES(2, true)

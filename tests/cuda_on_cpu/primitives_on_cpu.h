@@ -8,9 +8,9 @@
 #endif
 
 #define FINEGRAIN_DEVICE __device__ __forceinline__
-#define FINEGRAIN_KERNEL(name, threads, blocks_per_processor, arguments)                                            \
+#define FINEGRAIN_KERNEL(name, threads, blocks_per_processor, arguments)                                           \
   static void name(const arguments);                                                                               \
-  extern "C" __attribute__((visibility("default"))) const char* launch_##name(const simulator::Launch* launch) {  \
+  extern "C" __attribute__((visibility("default"))) const char* launch_##name(const simulator::Launch* launch) {   \
     static_assert((threads) % 32 == 0 && (threads) <= 1024 && (blocks_per_processor) >= 1, "what a block can be"); \
     return simulator::run(simulator::kernel_of<&name>(&name, threads), *launch);                                   \
   }                                                                                                                \
@@ -133,15 +133,15 @@ FINEGRAIN_DEVICE void load_matrices_transposed(unsigned (&registers)[4], const v
 FINEGRAIN_DEVICE void multiply_16x8x16(half_t, float (&sums)[4], const unsigned (&left)[4], unsigned right_0,
                                        unsigned right_1) {
   FINEGRAIN_REQUIRE_ARCH(800);
-  const simulator::FourSums result = simulator::multiply_16x8x16_half(
-      sums[0], sums[1], sums[2], sums[3], left[0], left[1], left[2], left[3], right_0, right_1);
+  const simulator::FourSums result = simulator::multiply_16x8x16_half(sums[0], sums[1], sums[2], sums[3], left[0],
+                                                                      left[1], left[2], left[3], right_0, right_1);
   for (int i = 0; i < 4; ++i) sums[i] = result.values[i];
 }
 FINEGRAIN_DEVICE void multiply_16x8x16(bfloat16_t, float (&sums)[4], const unsigned (&left)[4], unsigned right_0,
                                        unsigned right_1) {
   FINEGRAIN_REQUIRE_ARCH(800);
-  const simulator::FourSums result = simulator::multiply_16x8x16_bfloat16(
-      sums[0], sums[1], sums[2], sums[3], left[0], left[1], left[2], left[3], right_0, right_1);
+  const simulator::FourSums result = simulator::multiply_16x8x16_bfloat16(sums[0], sums[1], sums[2], sums[3], left[0],
+                                                                          left[1], left[2], left[3], right_0, right_1);
   for (int i = 0; i < 4; ++i) sums[i] = result.values[i];
 }
 
@@ -154,17 +154,15 @@ FINEGRAIN_DEVICE void multiply_16x8x8(float (&sums)[4], unsigned left_0, unsigne
 
 FINEGRAIN_DEVICE void multiply_8x8x4_by_columns(float (&sums)[8], unsigned left_0, unsigned left_1, unsigned right_0,
                                                 unsigned right_1) {
-  const simulator::FourSums first =
-      simulator::multiply_8x8x4_by_columns(sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7],
-                                           left_0, left_1, right_0, right_1);
+  const simulator::FourSums first = simulator::multiply_8x8x4_by_columns(
+      sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], left_0, left_1, right_0, right_1);
   const simulator::FourSums second = simulator::last_four_sums();
   for (int i = 0; i < 4; ++i) sums[i] = first.values[i], sums[4 + i] = second.values[i];
 }
 FINEGRAIN_DEVICE void multiply_8x8x4_by_rows(float (&sums)[8], unsigned left_0, unsigned left_1, unsigned right_0,
                                              unsigned right_1) {
-  const simulator::FourSums first =
-      simulator::multiply_8x8x4_by_rows(sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], left_0,
-                                        left_1, right_0, right_1);
+  const simulator::FourSums first = simulator::multiply_8x8x4_by_rows(
+      sums[0], sums[1], sums[2], sums[3], sums[4], sums[5], sums[6], sums[7], left_0, left_1, right_0, right_1);
   const simulator::FourSums second = simulator::last_four_sums();
   for (int i = 0; i < 4; ++i) sums[i] = first.values[i], sums[4 + i] = second.values[i];
 }

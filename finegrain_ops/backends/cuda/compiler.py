@@ -86,21 +86,27 @@ def target_for(architecture: int) -> Target:
     return Target(newest, is_ptx=newest // 10 != architecture // 10)
 
 
-def options(variant: Variant) -> list[str]:
+def options(variant: Variant, runs_on: int | None = None) -> list[str]:
+    """`runs_on`: a later architecture, for machine code there that keeps to the instructions of the variant's own. So
+    they are tested where there is no older GPU.
+    """
+    defines = variant.defines()
+    if runs_on is not None:
+        defines["FINEGRAIN_ARCH"] = 10 * variant.architecture
     return [
-        f"--gpu-architecture={target_for(variant.architecture).option}",
+        f"--gpu-architecture={target_for(runs_on or variant.architecture).option}",
         "--std=c++17",
-        *(f"--define-macro={name}={value}" for name, value in variant.defines().items()),
+        *(f"--define-macro={name}={value}" for name, value in defines.items()),
     ]
 
 
-def compile(variant: Variant) -> bytes:
-    """A cubin, or PTX for a GPU that is newer than this NVRTC.
+def compile(variant: Variant, runs_on: int | None = None) -> bytes:
+    """A cubin, or PTX for a GPU that is newer than this NVRTC; `runs_on` as for `options`.
 
     Raises:
         CompileError: with NVRTC's log where it refused the source.
     """
-    target = target_for(variant.architecture)
+    target = target_for(runs_on or variant.architecture)
     nvrtc = _nvrtc()
     folder = sources.folder()
     program = _check(
@@ -108,7 +114,7 @@ def compile(variant: Variant) -> bytes:
         *nvrtc.nvrtcCreateProgram((folder / variant.source).read_bytes(), variant.source.encode(), 0, None, None),
     )
     try:
-        arguments = [option.encode() for option in [*options(variant), f"--include-path={folder}"]]
+        arguments = [option.encode() for option in [*options(variant, runs_on), f"--include-path={folder}"]]
         (result,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         if int(result) != 0:
             raise CompileError(

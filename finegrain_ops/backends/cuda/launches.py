@@ -98,7 +98,8 @@ class Launch:
         columns = [self.query.shape[-1], self.value_dim]
         arguments.aligned = is_aligned(self.in_memory, columns)
         grid = arguments.blocks * arguments.num_splits * heads * self.batch
-        self.launcher.launch(variant, (grid, 1, 1), arguments)
+        if grid > 0:  # packed sequences may all be empty
+            self.launcher.launch(variant, (grid, 1, 1), arguments)
 
     def select(self) -> None:
         """Which rows and heads of an attention map count."""
