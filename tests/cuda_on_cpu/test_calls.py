@@ -5,6 +5,7 @@ shipped, and what the kernels do not read.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 
 import pytest
@@ -145,10 +146,18 @@ def test_value_dimensions(head_dim: int, value_dim: int, volta: CpuLauncher) -> 
     check_gradients(case, torch.float32, "cuda")
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_shipped_tiles(head_dim: int, dtype: torch.dtype, launcher: CpuLauncher) -> None:
+# Large tiles take seconds to compile and to run: of each architecture those that differ most.
+_ALWAYS = [(70, 64, torch.float16), (70, 128, torch.float16), (70, 64, torch.float32), (75, 128, torch.float16)]
+_SHIPPED = [
+    pytest.param(*key, marks=[] if key in _ALWAYS else pytest.mark.slow)
+    for key in itertools.product(ARCHITECTURES, [64, 80, 128], [torch.float16, torch.float32])
+]
+
+
+@pytest.mark.parametrize(("architecture", "head_dim", "dtype"), _SHIPPED)
+def test_shipped_tiles(architecture: int, head_dim: int, dtype: torch.dtype, use_launcher) -> None:
     """The tiles of the table, on a length that is no multiple of them."""
+    launcher = use_launcher(CpuLauncher(architecture))
     case = Case(1, 1, 1, 150, 150, head_dim, head_dim, bias="bn", removed="some", padding="random", is_causal=True)
     check_forward(case, dtype, "cuda")
     check_gradients(case, dtype, "cuda")
