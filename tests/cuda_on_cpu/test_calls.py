@@ -23,6 +23,7 @@ from finegrain_ops import UnsupportedInputError, reweighted_attention
 from finegrain_ops.backends.cuda import launches
 from finegrain_ops.backends.cuda.arguments import AttentionArguments, MergeArguments
 from map_cases import MapCase, check_map, check_map_gradients
+from test_operator import operator_arguments
 from tolerances import assert_close
 
 ARCHITECTURES = [70, 75, 80]
@@ -311,6 +312,28 @@ def test_compiled(volta: CpuLauncher) -> None:
     actual = torch.autograd.grad(compiled(query, key, value, bias), (query, key, value, bias))
     for a, b in zip(expected, actual):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["no_grad", "grad"])
+def test_opcheck(requires_grad: bool, volta: CpuLauncher) -> None:
+    """Schema, fakes and autograd are those of every backend, and they fit this one."""
+    torch.library.opcheck(
+        torch.ops.finegrain_ops.reweighted_attention.default,
+        operator_arguments(requires_grad, "cuda", "cpu", gate=True),
+    )
+    query, key = (torch.randn(2, heads, 5, 8, requires_grad=requires_grad) for heads in (4, 2))
+    rows = torch.rand(2, 5) > 0.5
+    torch.library.opcheck(
+        torch.ops.finegrain_ops.attention_map.default,
+        (query, key, None, None, None, rows, None, None, True, 0.3, requires_grad, "cuda"),
+    )
+    packed_query, packed_key = (torch.randn(9, heads, 8, requires_grad=requires_grad) for heads in (4, 2))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    packed = (packed_query, packed_key, packed_key, cu_seqlens, cu_seqlens, 5, 5, None, None)
+    torch.library.opcheck(
+        torch.ops.finegrain_ops.reweighted_attention_varlen.default, (*packed, True, 0.3, True, requires_grad, "cuda")
+    )
 
 
 def test_what_is_not_supported(volta: CpuLauncher) -> None:
