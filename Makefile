@@ -1,14 +1,16 @@
 # make demo          see attention move to a region of a photograph (writes demo.png)
 # make test          all tests, against the newest transformers 5 and against 4.57, and make aot
 # make aot           compile every shipped kernel configuration for sm_80 and sm_90, without a GPU: no spills, and no
-#                    worse than bench/results/machine-code.json (AOT_FLAGS=--accept writes it, --show prints it)
+#                    worse than bench/results/machine-code.json (AOT_FLAGS=--accept writes it, --show prints it); the
+#                    same for the CUDA C++ kernels from sm_70 on, with CUDA_AOT_FLAGS and cuda-machine-code.json
 # make bench         the benchmarks of bench/, side by side in one run
 # make bench-report  the tables and plots of the stored rows, in the README and docs/benchmarks/
-# make lint          ruff and mypy
+# make lint          ruff, mypy and clang-format
 # Each sets up what it needs, in virtual environments of its own; python3 with venv is all that must be there.
 #
-# make gpu           on a machine with an NVIDIA GPU and PyTorch: the tests there, then the quick benchmarks, whose rows
-#                    are appended to bench/results/; in under 9 minutes, with PYTHON as it is, nothing is installed
+# make gpu           on a machine with an NVIDIA GPU and PyTorch: compiles the CUDA kernels, runs the tests there, then
+#                    the quick benchmarks, whose rows are appended to bench/results/; in under 9 minutes, with PYTHON as
+#                    it is, nothing is installed
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,6 +20,7 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?=
 WORKERS ?= --numprocesses 2 --dist worksteal
 AOT_FLAGS ?=
+CUDA_AOT_FLAGS ?=
 GPU_FLAGS ?=
 
 demo_ready := $(VENV)/.demo-ready
@@ -36,13 +39,16 @@ test: $(test_ready) $(test4_ready)
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m triton $(TEST_FLAGS)
 	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations $(TEST_FLAGS)
 	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
+	$(VENV)/bin/python -m bench.cuda_aot $(CUDA_AOT_FLAGS)
 
 test-slow: $(test_ready)
 	FINEGRAIN_TEST_ALL=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m "slow and triton" $(TEST_FLAGS)
 	$(VENV)/bin/python -m bench.aot --all $(AOT_FLAGS)
+	$(VENV)/bin/python -m bench.cuda_aot --all $(CUDA_AOT_FLAGS)
 
 aot: $(test_ready)
 	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
+	$(VENV)/bin/python -m bench.cuda_aot $(CUDA_AOT_FLAGS)
 
 bench: $(test_ready)
 	$(VENV)/bin/python -m pytest bench --benchmark-only $(TEST_FLAGS)
@@ -57,6 +63,7 @@ lint: $(dev_ready)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/*.cuh tests/cuda_on_cpu/*.h tests/cuda_on_cpu/*.cpp
 
 $(VENV)/bin/python $(VENV4)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "make: the pinned packages need Python 3.11 or later, \

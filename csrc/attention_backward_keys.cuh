@@ -64,11 +64,9 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
     if (OF_MAP) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        if (keys.exists[s]) grad_map[s] = sequence.keys<const float>(arguments.map, head)[keys.key[s]];
+        if (keys.exists(s)) grad_map[s] = sequence.keys<const float>(arguments.map, head)[keys.key(s)];
       }
     }
-    const auto query = sequence.queries<const Element>(arguments.query, head);
-    const auto grad_output = sequence.queries<const Element>(arguments.grad_output, head);
     float grad_bias[2] = {0.0f, 0.0f};
     const int tiles = counts ? query_tiles<S>(sequence) : 0;
     for (int tile = first_query_tile<S>(arguments, sequence, first_key); tile < tiles; ++tile) {
@@ -76,9 +74,11 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
       __syncthreads();  // nobody reads the tiles any more
       const bool some = columns.load(arguments, sequence, head, first_query);
       if (OF_MAP && !__syncthreads_or(some)) continue;
-      load_tile<S, S::STEP>(query_tile, query, first_query, sequence.num_queries, arguments.head_dim, aligned);
+      load_tile<S, S::STEP>(query_tile, sequence.queries<const Element>(arguments.query, head), first_query,
+                            sequence.num_queries, arguments.head_dim, aligned);
       if (!OF_MAP)
-        load_tile<S, S::STEP>(grad_tile, grad_output, first_query, sequence.num_queries, arguments.value_dim, aligned);
+        load_tile<S, S::STEP>(grad_tile, sequence.queries<const Element>(arguments.grad_output, head), first_query,
+                              sequence.num_queries, arguments.value_dim, aligned);
       commit_copies();
       wait_for_copies<0>();
       __syncthreads();
@@ -123,8 +123,8 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const float sum = sum_of_row<Matrix>(grad_bias[s]);
-        if (keys.exists[s] && Matrix::first_column(lane_index()) == 0)
-          sequence.keys<float>(arguments.grad_bias, head)[keys.key[s]] = sum;
+        if (keys.exists(s) && Matrix::first_column(lane_index()) == 0)
+          sequence.keys<float>(arguments.grad_bias, head)[keys.key(s)] = sum;
       }
     }
   }
@@ -133,11 +133,11 @@ FINEGRAIN_KERNEL(attention_backward_keys, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS
 
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
-    if (!keys.exists[s]) continue;
-    store_row<S>(sequence.keys<Element>(arguments.grad_key, kv_head).row(keys.key[s]), grad_key, 0, s, arguments.scale,
+    if (!keys.exists(s)) continue;
+    store_row<S>(sequence.keys<Element>(arguments.grad_key, kv_head).row(keys.key(s)), grad_key, 0, s, arguments.scale,
                  arguments.head_dim, aligned);
     if (!OF_MAP)
-      store_row<S>(sequence.keys<Element>(arguments.grad_value, kv_head).row(keys.key[s]), grad_value, 0, s, 1.0f,
+      store_row<S>(sequence.keys<Element>(arguments.grad_value, kv_head).row(keys.key(s)), grad_value, 0, s, 1.0f,
                    arguments.value_dim, aligned);
   }
 }

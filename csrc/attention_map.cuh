@@ -66,6 +66,6 @@ FINEGRAIN_KERNEL(attention_map, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegrai
 #pragma unroll
   for (int s = 0; s < 2; ++s) {
     const float sum = sum_of_row<WarpMatrix<Element>>(received[s]);
-    if (keys.exists[s] && WarpMatrix<Element>::first_column(lane_index()) == 0) map[keys.key[s]] = sum;
+    if (keys.exists(s) && WarpMatrix<Element>::first_column(lane_index()) == 0) map[keys.key(s)] = sum;
   }
 }

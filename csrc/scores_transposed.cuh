@@ -11,23 +11,20 @@ template <class S>
 struct LaneKeys {
   static_assert(S::ROW_BLOCKS == 1, "a warp owns 16 keys");
   using Matrix = WarpMatrix<typename S::Element>;
-  int key[2];
-  bool exists[2];
+  int first;
+  int num_keys;
   float added[2];   // for queries that the bias acts on, hidden counted in
   float hidden[2];  // for the others
 
-  FINEGRAIN_DEVICE LaneKeys(const Sequence& sequence, int first_key) {
-#pragma unroll
-    for (int s = 0; s < 2; ++s) {
-      key[s] = first_key + 16 * warp_index() + Matrix::first_row(lane_index()) + s * Matrix::ROW_STEP;
-      exists[s] = key[s] < sequence.num_keys;
-    }
-  }
+  FINEGRAIN_DEVICE LaneKeys(const Sequence& sequence, int first_key)
+      : first(first_key + 16 * warp_index() + Matrix::first_row(lane_index())), num_keys(sequence.num_keys) {}
+  FINEGRAIN_DEVICE int key(int s) const { return first + s * Matrix::ROW_STEP; }
+  FINEGRAIN_DEVICE bool exists(int s) const { return key(s) < num_keys; }
   FINEGRAIN_DEVICE void load(const KeyBias& bias) {
 #pragma unroll
     for (int s = 0; s < 2; ++s) {
-      hidden[s] = bias.hidden(key[s]);
-      added[s] = hidden[s] + bias.added(key[s]);
+      hidden[s] = bias.hidden(key(s));
+      added[s] = hidden[s] + bias.added(key(s));
     }
   }
 };
@@ -79,7 +76,7 @@ FINEGRAIN_DEVICE void dots_to_probabilities(Sums (&dots)[S::STEP_BLOCKS][1], con
         first = exp2_fast(fmaf(first, scale, (gate.x != 0.0f ? keys.added[s] : keys.hidden[s]) - lse.x));
         second = exp2_fast(fmaf(second, scale, (gate.y != 0.0f ? keys.added[s] : keys.hidden[s]) - lse.y));
         if (is_causal) {
-          const int visible = first_query + column + shift - keys.key[s];
+          const int visible = first_query + column + shift - keys.key(s);
           if (visible < 0) first = 0.0f;
           if (visible < -1) second = 0.0f;
         }

@@ -201,10 +201,24 @@ struct TileCopy {
   }
 };
 
-// Begins and finishes at once.
+// Begins and finishes at once; float32, whose sums want all registers, a vector at a time.
 template <class S, int ROWS>
 FINEGRAIN_DEVICE void load_tile(typename S::Element* tile, RowView<const typename S::Element> rows, int first, int end,
                                 int dim, bool aligned) {
+#if FINEGRAIN_ARCH < 800
+  if (sizeof(typename S::Element) == 4 && aligned) {
+    const CopyPlan<S, ROWS> plan;
+#pragma unroll 1
+    for (int pass = 0; pass < plan.PASSES; ++pass) {
+      const int row = plan.first_row + pass * plan.PER_PASS;
+      const bool is_valid = first + row < end && plan.column < dim;
+      if (plan.copies(pass))
+        store_vector(tile + row * S::STRIDE + plan.column,
+                     is_valid ? load_vector<uint4>(rows.row(first + row) + plan.column) : make_uint4(0, 0, 0, 0));
+    }
+    return;
+  }
+#endif
   TileCopy<S, ROWS> copy;
   copy.begin(tile, rows, first, end, dim, aligned);
   copy.finish(tile, aligned);

@@ -113,9 +113,9 @@ MUTATIONS = [
     Mutation("scores.cuh", "key < num_keys && (!has_padding", "(!has_padding", _forward("plain")),
     Mutation("scores.cuh", "has_bias && key < num_keys ?", "has_bias ?", _forward("bias")),
     Mutation("attention_backward_query.cuh", "if (lane_rows.exists(0, s))\n", "", _gradients("plain")),
-    Mutation("attention_backward_keys.cuh", "if (!keys.exists[s]) continue;", "", _gradients("plain")),
-    Mutation("attention_backward_keys.cuh", "keys.exists[s] && Matrix", "Matrix", _gradients("bias")),
-    Mutation("attention_map.cuh", "keys.exists[s] && WarpMatrix", "WarpMatrix", _map("plain")),
+    Mutation("attention_backward_keys.cuh", "if (!keys.exists(s)) continue;", "", _gradients("plain")),
+    Mutation("attention_backward_keys.cuh", "keys.exists(s) && Matrix", "Matrix", _gradients("bias")),
+    Mutation("attention_map.cuh", "keys.exists(s) && WarpMatrix", "WarpMatrix", _map("plain")),
     Mutation("scores_transposed.cuh", "query < sequence.num_queries;", "true;", _gradients("plain")),
     Mutation("merge_splits.cuh", "if (row >= num_rows) return;", "", _forward("one kv head"), splits=3),
     # bias, gate, masks
