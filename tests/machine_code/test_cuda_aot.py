@@ -163,7 +163,7 @@ def test_stored_and_loaded_again(tmp_path: Path) -> None:
     table = CudaTable({"a": GOOD, "b": replace(GOOD, spilled_bytes=None, matrix={}, loop="")})
     table.save(path)
     assert CudaTable.load(path) == table
-    assert len(path.read_text().splitlines()) == 4
+    assert len(path.read_text().splitlines()) == 5  # a line for the sources, and one for each
 
 
 def test_the_committed_table_covers_every_variant_at_its_tile() -> None:
@@ -174,7 +174,9 @@ def test_the_committed_table_covers_every_variant_at_its_tile() -> None:
     for variant in variants:
         accepted = table.entries[variant.name]
         assert accepted.tile == tile_text(variant.tile), variant.name
-        assert accepted.shared_bytes == variant.shared_bytes, variant.name
+        # The 1 KiB that the system keeps of each thread block counts as static from sm_90 on.
+        system = 1024 * (variant.architecture >= 90)
+        assert accepted.shared_bytes == variant.shared_bytes + system, variant.name
         assert broken_rules(variant, accepted) == []
 
 
