@@ -68,7 +68,10 @@ class CudaEntry:
 
     @staticmethod
     def of(variant: Variant, code: CudaCode) -> CudaEntry:
-        shared_bytes = code.static_shared_bytes + variant.shared_bytes
+        static = code.static_shared_bytes
+        if variant.architecture >= 90:  # there cuobjdump counts what the system keeps of a block, as occupancy() does
+            static = max(static - 1024, 0)
+        shared_bytes = static + variant.shared_bytes
         resident = occupancy(variant.architecture, variant.tile.warps, code.registers, shared_bytes)
         return CudaEntry(
             compiler=code.compiler,
