@@ -3,20 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 
+class Call:
+    """What every call has, whatever its tensors look like."""
+
+    query: Tensor
+    operator: ClassVar[str]
+
+    @property
+    def value_dim(self) -> int:
+        """That of query where there are no values."""
+        return self.query.shape[-1]
+
+    def features(self, needs_grad: bool) -> AttentionFeatures:
+        return AttentionFeatures(
+            device_type=self.query.device.type,
+            device_index=self.query.device.index,
+            dtype=self.query.dtype,
+            head_dim=self.query.shape[-1],
+            value_dim=self.value_dim,
+            needs_grad=needs_grad,
+            operator=self.operator,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The precision in which scores, lse, key_bias and maps are kept."""
+        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
-class AttentionCall:
+class AttentionCall(Call):
     """One validated call, as every backend receives it.
 
     query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), any strides. key_bias (B, 1 or H, Nk) float32
     (float64 for float64 inputs), natural-log units, may hold -inf; key_padding_mask (B, Nk) bool, True = attend;
     row_gate (B, Nq) bool, True = the bias acts on this row. Causal masking is aligned bottom-right.
     """
+
+    operator: ClassVar[str] = "reweighted_attention"
 
     query: Tensor
     key: Tensor
@@ -28,20 +58,18 @@ class AttentionCall:
     scale: float
     return_lse: bool = True
 
-    def features(self, needs_grad: bool) -> AttentionFeatures:
-        return AttentionFeatures(
-            device_type=self.query.device.type,
-            device_index=self.query.device.index,
-            dtype=self.query.dtype,
-            head_dim=self.query.shape[-1],
-            value_dim=self.value.shape[-1],
-            needs_grad=needs_grad,
-        )
-
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The precision in which scores, lse and key_bias are kept."""
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+    def value_dim(self) -> int:
+        return self.value.shape[-1]
+
+    def new_results(self) -> tuple[Tensor, Tensor | None]:
+        """Output and, if it is wanted, lse; uninitialised."""
+        lse = self.query.new_empty(self.query.shape[:3], dtype=self.compute_dtype) if self.return_lse else None
+        return new_output(self.query, self.query.shape[2], self.value_dim), lse
+
+    def new_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of query, key and value; uninitialised."""
+        return new_output_like(self.query), new_output_like(self.key), new_output_like(self.value)
 
 
 def new_output(query: Tensor, num_rows: int, dim: int) -> Tensor:
@@ -57,7 +85,7 @@ def new_output(query: Tensor, num_rows: int, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class PackedCall:
+class PackedCall(Call):
     """One validated call on packed sequences, which lie one after another without padding.
 
     query (Tq, H, D), key (Tk, Hkv, D), value (Tk, Hkv, Dv), any strides. Sequence s holds the rows cu_seqlens_q[s] up
@@ -67,6 +95,8 @@ class PackedCall:
     float32 (float64 for float64 inputs), natural-log units, may hold -inf; row_gate (Tq,) bool. Causal masking is
     aligned bottom-right in every sequence. Rows of query in no sequence give 0 and -inf, and have gradients of 0.
     """
+
+    operator: ClassVar[str] = "reweighted_attention_varlen"
 
     query: Tensor
     key: Tensor
@@ -81,31 +111,34 @@ class PackedCall:
     scale: float
     return_lse: bool = True
 
-    def features(self, needs_grad: bool) -> AttentionFeatures:
-        return AttentionFeatures(
-            device_type=self.query.device.type,
-            device_index=self.query.device.index,
-            dtype=self.query.dtype,
-            head_dim=self.query.shape[-1],
-            value_dim=self.value.shape[-1],
-            needs_grad=needs_grad,
-            operator="reweighted_attention_varlen",
-        )
-
     @property
-    def compute_dtype(self) -> torch.dtype:
-        """The precision in which scores, lse and key_bias are kept."""
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+    def value_dim(self) -> int:
+        return self.value.shape[-1]
+
+    def new_results(self) -> tuple[Tensor, Tensor | None]:
+        """Output and, if it is wanted, lse, as rows that belong to no sequence have them: kernels never write those."""
+        total, heads = self.query.shape[:2]
+        output, lse = self.query.new_zeros(total, heads, self.value_dim), None
+        if self.return_lse:
+            lse = self.query.new_full((heads, total), float("-inf"), dtype=self.compute_dtype)
+        return output, lse
+
+    def new_gradients(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of query, key and value, with zeros where no sequence is."""
+        query, key, value = (t.new_zeros(t.shape) for t in (self.query, self.key, self.value))
+        return query, key, value
 
 
 @dataclass(frozen=True)
-class MapCall:
+class MapCall(Call):
     """One validated call for an attention map: map_hj = sum over the chosen rows i of softmax_j(s_ij).
 
     query, key, key_bias, key_padding_mask, row_gate, is_causal and scale as in AttentionCall. rows (B, Nq) bool: the
     rows that count; heads (H,) bool: the heads that count, the others give 0. lse (B, H, Nq) in compute_dtype: the
     logsumexp of the rows where the caller has it, which saves the pass over the keys that finds it.
     """
+
+    operator: ClassVar[str] = "attention_map"
 
     query: Tensor
     key: Tensor
@@ -118,21 +151,15 @@ class MapCall:
     is_causal: bool
     scale: float
 
-    def features(self, needs_grad: bool) -> AttentionFeatures:
-        return AttentionFeatures(
-            device_type=self.query.device.type,
-            device_index=self.query.device.index,
-            dtype=self.query.dtype,
-            head_dim=self.query.shape[-1],
-            value_dim=self.query.shape[-1],
-            needs_grad=needs_grad,
-            operator="attention_map",
-        )
 
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """The precision in which scores, lse, key_bias and the map are kept."""
-        return torch.float64 if self.query.dtype == torch.float64 else torch.float32
+def new_output_like(tensor: Tensor) -> Tensor:
+    """An uninitialised tensor for the gradient of a (B, H, N, D) one, laid out as new_output does."""
+    return new_output(tensor, tensor.shape[2], tensor.shape[3])
+
+
+def sum_over_sharing_heads(per_head: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
+    """A gradient of the bias in the bias's shape, from that of every head: heads that share a row share it."""
+    return None if per_head is None or key_bias is None else per_head.sum_to_size(key_bias.shape)
 
 
 class AttentionFeatures(NamedTuple):

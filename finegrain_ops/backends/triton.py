@@ -22,7 +22,8 @@ from .interface import (
     MapCall,
     MapGradients,
     PackedCall,
-    new_output,
+    new_output_like,
+    sum_over_sharing_heads,
 )
 
 if TYPE_CHECKING:
@@ -122,8 +123,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
     from ..kernels.arguments import addressable
     from ..kernels.attention_forward import attention_forward
 
-    output = new_output(call.query, call.query.shape[2], call.value.shape[3])
-    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32) if call.return_lse else None
+    output, lse = call.new_results()
     inputs, value = _inputs(call), addressable(call.value)
     with _on_device_of(call.query):
         if attention_decode.suits(inputs):
@@ -137,10 +137,7 @@ def packed_forward(call: PackedCall) -> tuple[Tensor, Tensor | None]:
     from ..kernels.arguments import addressable
     from ..kernels.attention_forward import attention_forward
 
-    total, heads = call.query.shape[:2]
-    # Rows that belong to no sequence are never written.
-    output = call.query.new_zeros(total, heads, call.value.shape[2])
-    lse = call.query.new_full((heads, total), float("-inf"), dtype=torch.float32) if call.return_lse else None
+    output, lse = call.new_results()
     with _on_device_of(call.query):
         attention_forward(_inputs(call), addressable(call.value), output, lse)
     return output, lse
@@ -154,8 +151,7 @@ def backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    gradients = [new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key, call.value)]
-    return _backward(call, output, lse, grad_output, grad_lse, gradients, bias_needs_grad)
+    return _backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
 
 
 def packed_backward(
@@ -166,8 +162,7 @@ def packed_backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    gradients = [t.new_zeros(t.shape) for t in (call.query, call.key, call.value)]
-    return _backward(call, output, lse, grad_output, grad_lse, gradients, bias_needs_grad)
+    return _backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
 
 
 def _backward(
@@ -176,12 +171,12 @@ def _backward(
     lse: Tensor,
     grad_output: Tensor,
     grad_lse: Tensor | None,
-    gradients: list[Tensor],
     bias_needs_grad: bool,
 ) -> AttentionGradients:
     from ..kernels.arguments import addressable
     from ..kernels.attention_backward import attention_backward
 
+    gradients = call.new_gradients()
     with _on_device_of(call.query):
         grad_bias = attention_backward(
             _inputs(call),
@@ -193,12 +188,7 @@ def _backward(
             *gradients,
             bias_needs_grad,
         )
-    return AttentionGradients(gradients[0], gradients[1], gradients[2], _of_bias(grad_bias, call.key_bias))
-
-
-def _of_bias(per_head: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    """The kernels give the gradient of the bias for every head; heads that share a row share it."""
-    return None if per_head is None or key_bias is None else per_head.sum_to_size(key_bias.shape)
+    return AttentionGradients(*gradients, sum_over_sharing_heads(grad_bias, call.key_bias))
 
 
 def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
@@ -211,9 +201,9 @@ def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
 def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: bool) -> MapGradients:
     from ..kernels.attention_map import attention_map_backward
 
-    gradients = [new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key)]
+    gradients = new_output_like(call.query), new_output_like(call.key)
     with _on_device_of(call.query):
         grad_bias = attention_map_backward(
             _inputs(call), call.rows, call.heads, lse.contiguous(), grad_map, *gradients, bias_needs_grad
         )
-    return MapGradients(gradients[0], gradients[1], _of_bias(grad_bias, call.key_bias))
+    return MapGradients(*gradients, sum_over_sharing_heads(grad_bias, call.key_bias))

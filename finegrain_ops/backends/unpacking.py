@@ -80,9 +80,7 @@ def _rows_first(batched: Tensor) -> Tensor:
 
 
 def forward_by_sequence(call: PackedCall, batched: BatchedForward) -> tuple[Tensor, Tensor | None]:
-    total, heads, _ = call.query.shape
-    output = call.query.new_zeros(total, heads, call.value.shape[2])
-    lse = call.query.new_full((heads, total), float("-inf"), dtype=call.compute_dtype) if call.return_lse else None
+    output, lse = call.new_results()
     for rows, _, sequence in _sequences(call):
         sequence_output, sequence_lse = batched(sequence)
         output[rows] = _rows_first(sequence_output)
@@ -101,7 +99,7 @@ def backward_by_sequence(
     bias_needs_grad: bool,
     batched: BatchedBackward,
 ) -> AttentionGradients:
-    grad_query, grad_key, grad_value = (t.new_zeros(t.shape) for t in (call.query, call.key, call.value))
+    grad_query, grad_key, grad_value = call.new_gradients()
     grad_bias = call.key_bias.new_zeros(call.key_bias.shape) if bias_needs_grad and call.key_bias is not None else None
     for rows, keys, sequence in _sequences(call):
         gradients = batched(

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.interface import AttentionCall, new_output
-from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast
+from ..backends.interface import AttentionCall, new_output, new_output_like
+from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast, returned_bias_gradient
 
 LIBRARY.define(
     "reweighted_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_padding_mask, "
@@ -91,7 +91,7 @@ def _backward_fake(
     bias_needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [new_output(t, t.shape[2], t.shape[3]) for t in (query, key, value)]
+    grads = [new_output_like(t) for t in (query, key, value)]
     return grads[0], grads[1], grads[2], new_bias_gradient(query, key_bias, bias_needs_grad)
 
 
@@ -114,15 +114,14 @@ def _backward(
     call = AttentionCall(query, key, value, key_bias, key_padding_mask, row_gate, is_causal, scale)
     chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
     if output.numel() == 0 or key.shape[2] == 0:
-        zeros = [new_output(t, t.shape[2], t.shape[3]).zero_() for t in (query, key, value)]
+        zeros = [new_output_like(t).zero_() for t in (query, key, value)]
         return zeros[0], zeros[1], zeros[2], new_bias_gradient(query, key_bias, bias_needs_grad).zero_()
     gradients = chosen.backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
-    grad_bias = gradients.key_bias
     return (
         laid_out_as(gradients.query, query),
         laid_out_as(gradients.key, key),
         laid_out_as(gradients.value, value),
-        new_bias_gradient(query, None, False) if grad_bias is None else grad_bias.to(lse.dtype).contiguous(),
+        returned_bias_gradient(query, gradients.key_bias),
     )
 
 

@@ -33,14 +33,25 @@ def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _dtype_of_scores(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
 def new_scores(query: Tensor, shape: tuple[int, ...]) -> Tensor:
     """An uninitialised tensor for lse, maps and gradients of the bias, in the precision of the scores."""
-    return query.new_empty(shape, dtype=torch.float64 if query.dtype == torch.float64 else torch.float32)
+    return query.new_empty(shape, dtype=_dtype_of_scores(query))
 
 
 def new_bias_gradient(query: Tensor, key_bias: Tensor | None, wanted: bool) -> Tensor:
     """An uninitialised gradient of key_bias; (0,) where nobody wants it, since an operator returns all or nothing."""
     return new_scores(query, key_bias.shape if wanted and key_bias is not None else (0,))
+
+
+def returned_bias_gradient(query: Tensor, gradient: Tensor | None) -> Tensor:
+    """What a backend computed, as the operator returns it."""
+    if gradient is None:
+        return new_bias_gradient(query, None, False)
+    return gradient.to(_dtype_of_scores(query)).contiguous()
 
 
 def laid_out_as(result: Tensor, like: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.interface import MapCall, new_output
-from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast
+from ..backends.interface import MapCall, new_output_like
+from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast, returned_bias_gradient
 
 # lse comes out only where it did not go in: an operator must not return its input.
 LIBRARY.define(
@@ -94,7 +94,7 @@ def _backward_fake(
     bias_needs_grad: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad_query, grad_key = (new_output(t, t.shape[2], t.shape[3]) for t in (query, key))
+    grad_query, grad_key = (new_output_like(t) for t in (query, key))
     return grad_query, grad_key, new_bias_gradient(query, key_bias, bias_needs_grad)
 
 
@@ -116,14 +116,13 @@ def _backward(
     call = MapCall(query, key, key_bias, key_padding_mask, row_gate, rows, heads, lse, is_causal, scale)
     chosen = backends.load(backends.select(backend, call.features(needs_grad=True)))
     if query.numel() == 0 or key.numel() == 0:
-        grad_query, grad_key = (new_output(t, t.shape[2], t.shape[3]).zero_() for t in (query, key))
+        grad_query, grad_key = (new_output_like(t).zero_() for t in (query, key))
         return grad_query, grad_key, new_bias_gradient(query, key_bias, bias_needs_grad).zero_()
     gradients = chosen.map_backward(call, lse, grad_map, bias_needs_grad)
-    grad_bias = gradients.key_bias
     return (
         laid_out_as(gradients.query, query),
         laid_out_as(gradients.key, key),
-        new_bias_gradient(query, None, False) if grad_bias is None else grad_bias.to(lse.dtype).contiguous(),
+        returned_bias_gradient(query, gradients.key_bias),
     )
 
 

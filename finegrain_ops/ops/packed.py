@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.interface import PackedCall
-from .library import LIBRARY, TAGS, new_bias_gradient, new_scores, outside_autocast
+from .library import LIBRARY, TAGS, new_bias_gradient, new_scores, outside_autocast, returned_bias_gradient
 
 LIBRARY.define(
     "reweighted_attention_varlen(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
@@ -140,12 +140,11 @@ def _backward(
         zeros = [t.new_zeros(t.shape) for t in (query, key, value)]
         return zeros[0], zeros[1], zeros[2], new_bias_gradient(query, key_bias, bias_needs_grad).zero_()
     gradients = chosen.packed_backward(call, output, lse, grad_output, grad_lse, bias_needs_grad)
-    grad_bias = gradients.key_bias
     return (
         gradients.query.to(query.dtype).contiguous(),
         gradients.key.to(key.dtype).contiguous(),
         gradients.value.to(value.dtype).contiguous(),
-        new_bias_gradient(query, None, False) if grad_bias is None else grad_bias.to(lse.dtype).contiguous(),
+        returned_bias_gradient(query, gradients.key_bias),
     )
 
 

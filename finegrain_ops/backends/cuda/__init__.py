@@ -17,7 +17,8 @@ from ..interface import (
     MapCall,
     MapGradients,
     PackedCall,
-    new_output,
+    new_output_like,
+    sum_over_sharing_heads,
 )
 from . import launches, machine
 from .tiles import WIDTHS
@@ -45,20 +46,13 @@ def not_supported_reasons(features: AttentionFeatures) -> list[str]:
     return reasons
 
 
-def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    output = new_output(call.query, call.query.shape[2], call.value.shape[3])
-    lse = call.query.new_empty(call.query.shape[:3], dtype=torch.float32) if call.return_lse else None
+def forward(call: AttentionCall | PackedCall) -> tuple[Tensor, Tensor | None]:
+    output, lse = call.new_results()
     launches.forward(machine.launcher(call.query.device), call, output, lse)
     return output, lse
 
 
-def packed_forward(call: PackedCall) -> tuple[Tensor, Tensor | None]:
-    total, heads = call.query.shape[:2]
-    # Rows that belong to no sequence are never written.
-    output = call.query.new_zeros(total, heads, call.value.shape[2])
-    lse = call.query.new_full((heads, total), float("-inf"), dtype=torch.float32) if call.return_lse else None
-    launches.forward(machine.launcher(call.query.device), call, output, lse)
-    return output, lse
+packed_forward = forward
 
 
 def backward(
@@ -69,14 +63,9 @@ def backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    query, key, value = (new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key, call.value))
     per_head = (*call.query.shape[:2], call.key.shape[2])
     bias = call.query.new_empty(per_head, dtype=torch.float32) if bias_needs_grad else None
-    gradients = AttentionGradients(query, key, value, bias)
-    delta = _delta(output, grad_output, grad_lse)
-    launcher = machine.launcher(call.query.device)
-    launches.backward(launcher, call, lse.contiguous(), delta, grad_output, gradients)
-    return gradients._replace(key_bias=_of_bias(bias, call.key_bias))
+    return _backward(call, lse, _delta(output, grad_output, grad_lse), grad_output, bias)
 
 
 def packed_backward(
@@ -87,25 +76,24 @@ def packed_backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    query, key, value = (t.new_zeros(t.shape) for t in (call.query, call.key, call.value))
     per_head = (call.query.shape[1], call.key.shape[0])
     bias = call.query.new_zeros(per_head, dtype=torch.float32) if bias_needs_grad else None
-    gradients = AttentionGradients(query, key, value, bias)
     delta = _delta(output.transpose(0, 1), grad_output.transpose(0, 1), grad_lse)
-    launcher = machine.launcher(call.query.device)
-    launches.backward(launcher, call, lse.contiguous(), delta, grad_output, gradients)
-    return gradients._replace(key_bias=_of_bias(bias, call.key_bias))
+    return _backward(call, lse, delta, grad_output, bias)
+
+
+def _backward(
+    call: AttentionCall | PackedCall, lse: Tensor, delta: Tensor, grad_output: Tensor, bias: Tensor | None
+) -> AttentionGradients:
+    gradients = AttentionGradients(*call.new_gradients(), bias)
+    launches.backward(machine.launcher(call.query.device), call, lse.contiguous(), delta, grad_output, gradients)
+    return gradients._replace(key_bias=sum_over_sharing_heads(bias, call.key_bias))
 
 
 def _delta(output: Tensor, grad_output: Tensor, grad_lse: Tensor | None) -> Tensor:
     """sum_d dO_id o_id - dlse_i, for (..., N, D) tensors: what softmax subtracts from every gradient of a row."""
     delta = (output.float() * grad_output.float()).sum(-1)
     return delta if grad_lse is None else delta - grad_lse
-
-
-def _of_bias(per_head: Tensor | None, key_bias: Tensor | None) -> Tensor | None:
-    """The kernels give the gradient of the bias for every head; heads that share a row share it."""
-    return None if per_head is None or key_bias is None else per_head.sum_to_size(key_bias.shape)
 
 
 def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
@@ -120,10 +108,9 @@ def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
 
 
 def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: bool) -> MapGradients:
-    query, key = (new_output(t, t.shape[2], t.shape[3]) for t in (call.query, call.key))
     per_head = (*call.query.shape[:2], call.key.shape[2])
     bias = call.query.new_empty(per_head, dtype=torch.float32) if bias_needs_grad else None
-    gradients = MapGradients(query, key, bias)
+    gradients = MapGradients(new_output_like(call.query), new_output_like(call.key), bias)
     launcher = machine.launcher(call.query.device)
     launches.attention_map_backward(launcher, call, lse.contiguous(), grad_map, gradients)
-    return gradients._replace(key_bias=_of_bias(bias, call.key_bias))
+    return gradients._replace(key_bias=sum_over_sharing_heads(bias, call.key_bias))
