@@ -1,6 +1,6 @@
 """Low-level attention kernels that let multimodal models look closely.
 
-The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`. Boxes in text:
+The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
 `finegrain_ops.boxes`. Hugging Face models: `patch`.
 Importing this package imports torch, but neither triton nor transformers.
 """
@@ -19,6 +19,7 @@ if (_ROOT / "kernels" / "attention_forward.py").is_file():
 from . import boxes  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .attention import reweighted_attention, reweighted_attention_varlen  # noqa: E402
+from .crop_resize import crop_resize  # noqa: E402
 from .errors import UnsupportedInputError, UnsupportedModelError  # noqa: E402
 from .readout import attention_map  # noqa: E402
 
@@ -31,6 +32,7 @@ __all__ = [
     "__version__",
     "attention_map",
     "boxes",
+    "crop_resize",
     "patch",
     "reweighted_attention",
     "reweighted_attention_varlen",

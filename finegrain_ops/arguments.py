@@ -82,9 +82,9 @@ def check_scale(scale: float | None, head_dim: int) -> float:
     return 1.0 / math.sqrt(head_dim) if scale is None else require_number(scale, "scale")
 
 
-def check_backend(backend: str) -> str:
-    if backend != "auto" and backend not in BACKENDS:
-        options = ", ".join(map(repr, ("auto", *BACKENDS)))
+def check_backend(backend: str, known: tuple[str, ...] = BACKENDS) -> str:
+    if backend != "auto" and backend not in known:
+        options = ", ".join(map(repr, ("auto", *known)))
         raise ValueError(f"backend: expected one of {options}, got {describe(backend)}")
     return backend
 

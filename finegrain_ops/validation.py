@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .geometry import clip_box
+
 _LARGEST = sys.float_info.max
 
 FLOATING_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -149,6 +151,32 @@ def _check_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, max_seqlen: int
         raise ValueError(f"{name}: expected the last value to be {packed}'s length {total}, got {last}")
 
 
+def require_boxes(
+    boxes: Tensor, image_index: Tensor | None, image_sizes: Sequence[tuple[int, int]], name: str
+) -> Tensor:
+    """`boxes` (K, 4), where values are checked: finite, x0 < x1 and y0 < y1, and each overlapping its image, which
+    image_index (K,) says (None: one for each box, or one for all).
+    """
+    if boxes.numel() and values_are_checked(boxes):
+        if torch.compiler.is_compiling():
+            sizes = [side for size in image_sizes for side in size]
+            return torch.ops.finegrain_ops.require_boxes(boxes, image_index, sizes, name)
+        _check_boxes(boxes, image_index, image_sizes, name)
+    return boxes
+
+
+def _check_boxes(boxes: Tensor, image_index: Tensor | None, image_sizes: Sequence[tuple[int, int]], name: str) -> None:
+    indices = [k if len(image_sizes) > 1 else 0 for k in range(len(boxes))]
+    if image_index is not None:
+        indices = image_index.tolist()
+    for k, (box, index) in enumerate(zip(boxes.tolist(), indices)):
+        if not 0 <= index < len(image_sizes):
+            raise ValueError(
+                f"image_index[{k}]: expected 0 to {len(image_sizes) - 1}, the images there are, got {index}"
+            )
+        clip_box(box, image_sizes[index], f"{name}[{k}]")
+
+
 # Under torch.compile a check of values is an operator that hands its tensor on, so that it stays in the graph and
 # breaks none.
 _LIBRARY = torch.library.Library("finegrain_ops", "FRAGMENT")
@@ -158,6 +186,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "require_cu_seqlens(Tensor cu_seqlens, str name, SymInt total, SymInt max_seqlen) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "require_boxes(Tensor boxes, Tensor? image_index, SymInt[] sizes, str name) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -172,9 +204,15 @@ def _require_cu_seqlens(cu_seqlens: Tensor, name: str, total: int, max_seqlen: i
     return cu_seqlens.clone()
 
 
+def _require_boxes(boxes: Tensor, image_index: Tensor | None, sizes: list[int], name: str) -> Tensor:
+    _check_boxes(boxes, image_index, list(zip(sizes[::2], sizes[1::2])), name)
+    return boxes.clone()
+
+
 _LIBRARY.impl("require_values", _require_values, "CompositeExplicitAutograd")
 _LIBRARY.impl("require_cu_seqlens", _require_cu_seqlens, "CompositeExplicitAutograd")
-for _name in ("require_values", "require_cu_seqlens"):
+_LIBRARY.impl("require_boxes", _require_boxes, "CompositeExplicitAutograd")
+for _name in ("require_values", "require_cu_seqlens", "require_boxes"):
     torch.library.register_fake(f"finegrain_ops::{_name}", lambda tensor, *_: torch.empty_like(tensor), lib=_LIBRARY)
 torch.library.register_autograd(
     "finegrain_ops::require_values", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY

@@ -27,6 +27,15 @@ def ways(*on_a_cpu: str) -> list[Any]:
     return [*dict.fromkeys(way.split()[0] for way in on_a_cpu), "triton", pytest.param("cuda", marks=needs_cuda)]
 
 
+def crop_ways() -> list[Any]:
+    """The exact backends of `crop_resize`."""
+    if DEVICE == "cpu":
+        return ["reference", "pillow"]
+    reasons = backends.load_crop("cuda").unavailable_reasons()
+    needs_cuda = pytest.mark.skipif(bool(reasons), reason="; ".join(reasons))
+    return ["reference", "triton", pytest.param("cuda", marks=needs_cuda)]
+
+
 def require_support(backend: str, dtype: torch.dtype, operator: str = "reweighted_attention") -> None:
     """Skips the test where the backend says why it cannot run it."""
     features = AttentionFeatures(DEVICE, None if DEVICE == "cpu" else 0, dtype, 16, 16, True, operator)
