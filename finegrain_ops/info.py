@@ -11,6 +11,7 @@ from rich.table import Table
 
 from . import backends
 from ._version import __version__
+from .backends.crops.interface import INSTALLED_PILLOW, NEWEST_PILLOW, CropFeatures, PassOrder
 from .backends.cuda import machine
 from .backends.interface import AttentionFeatures
 
@@ -33,11 +34,23 @@ def backend_status(name: str, device: str) -> list[str]:
     )
 
 
+def crop_backend_status(name: str, device: str) -> list[str]:
+    """Reasons why `name` cannot crop and resize uint8 images on `device` as the installed Pillow would."""
+    kind = torch.device(device)
+    order = PassOrder.of_pillow(INSTALLED_PILLOW or NEWEST_PILLOW)
+    features = CropFeatures(kind.type, kind.index, torch.uint8, True, order, exact=True, has_integer_boxes=True)
+    return backends.not_supported_reasons(name, features)
+
+
 def show(console: Console | None = None) -> None:
     console = console or Console()
     console.print(_versions())
     for device in devices():
-        console.print(_backends(device))
+        kind = torch.device(device).type
+        attention = {name: backend_status(name, device) for name in backends.BACKENDS}
+        console.print(_backends("Attention", device, attention, backends.preference(kind)))
+        crops = {name: crop_backend_status(name, device) for name in backends.CROP_BACKENDS}
+        console.print(_backends("crop_resize", device, crops, backends.crop_preference(kind)))
 
 
 def _versions() -> Table:
@@ -56,19 +69,17 @@ def _versions() -> Table:
     return table
 
 
-def _backends(device: str) -> Table:
+def _backends(what: str, device: str, status: dict[str, list[str]], automatic: tuple[str, ...]) -> Table:
     described = platform.processor() or platform.machine()
     if device != "cpu":
         major, minor = torch.cuda.get_device_capability(device)
         described = f"{torch.cuda.get_device_name(device)}, compute capability {major}.{minor}"
-    table = Table(title=f"Attention backends on {device} ({described})", title_justify="left")
+    table = Table(title=f"{what} backends on {device} ({described})", title_justify="left")
     table.add_column("backend")
     table.add_column("runs here")
     table.add_column("why not", overflow="fold")
-    automatic = backends.preference(torch.device(device).type)
-    chosen = next(name for name in automatic if not backend_status(name, device))
-    for name in backends.BACKENDS:
-        reasons = backend_status(name, device)
+    chosen = next(name for name in automatic if not status[name])
+    for name, reasons in status.items():
         runs = "no" if reasons else 'yes, taken by "auto"' if name == chosen else "yes"
         table.add_row(name, runs, "; ".join(reasons))
     return table

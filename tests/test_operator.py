@@ -281,5 +281,5 @@ def test_info_lists_every_backend(capsys) -> None:
 
     main(["info"])
     printed = capsys.readouterr().out
-    for name in (*backends.BACKENDS, "torch", "transformers", finegrain_ops.__version__):
+    for name in (*backends.BACKENDS, *backends.CROP_BACKENDS, "torch", "transformers", finegrain_ops.__version__):
         assert name in printed
