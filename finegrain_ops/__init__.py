@@ -1,7 +1,7 @@
 """Low-level attention kernels that let multimodal models look closely.
 
 The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
-`finegrain_ops.boxes`. Hugging Face models: `patch`.
+`finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`. Hugging Face models: `patch`, `preprocess`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
@@ -16,7 +16,7 @@ _ROOT = _Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "attention_forward.py").is_file():
     __path__.append(str(_ROOT))
 
-from . import boxes  # noqa: E402
+from . import boxes, regions  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .attention import reweighted_attention, reweighted_attention_varlen  # noqa: E402
 from .crop_resize import crop_resize  # noqa: E402
@@ -24,6 +24,7 @@ from .errors import UnsupportedInputError, UnsupportedModelError  # noqa: E402
 from .readout import attention_map  # noqa: E402
 
 if TYPE_CHECKING:
+    from .integrations.image_processors import preprocess
     from .integrations.patching import patch
 
 __all__ = [
@@ -34,14 +35,21 @@ __all__ = [
     "boxes",
     "crop_resize",
     "patch",
+    "preprocess",
+    "regions",
     "reweighted_attention",
     "reweighted_attention_varlen",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "patch":  # transformers is imported only by those who patch one of its models
+    # transformers is imported only by those who use its models.
+    if name == "patch":
         from .integrations.patching import patch
 
         return patch
+    if name == "preprocess":
+        from .integrations.image_processors import preprocess
+
+        return preprocess
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

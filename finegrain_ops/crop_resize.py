@@ -11,6 +11,7 @@ from . import ops
 from .arguments import check_backend
 from .backends import CROP_BACKENDS
 from .backends.crops.interface import INSTALLED_PILLOW, INTERPOLATIONS, NEWEST_PILLOW, PassOrder
+from .geometry import as_box_tensor
 from .validation import (
     describe,
     require_bool,
@@ -107,9 +108,9 @@ def crop_resize(
     """
     tensors, image_sizes = _check_images(images)
     device, channels = tensors[0].device, tensors[0].shape[-3]
-    boxes = _check_boxes(boxes, device)
+    boxes = _require_device(as_box_tensor(boxes, "boxes"), "boxes", device)
     image_index = _check_image_index(image_index, boxes, len(image_sizes))
-    boxes = require_boxes(boxes, image_index, image_sizes, "boxes").to(device, torch.float64).contiguous()
+    boxes = require_boxes(boxes, image_index, image_sizes, "boxes").to(device).contiguous()
     if image_index is not None:
         image_index = image_index.to(device, torch.int64).contiguous()
 
@@ -213,22 +214,6 @@ def _check_image(image: object, name: str, layout: str) -> None:
         raise ValueError(f"{name}: expected {layout}, three channels or one, got shape {tuple(tensor.shape)}{hint}")
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: crop_resize has no gradient, but this image requires one; pass image.detach()")
-
-
-def _check_boxes(boxes: Tensor | Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    """(K, 4), on `device` or on the CPU."""
-    if not isinstance(boxes, Tensor):
-        try:
-            boxes = torch.tensor(boxes, dtype=torch.float64).reshape(len(boxes), -1 if len(boxes) else 4)
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            raise TypeError(
-                f"boxes: expected a tensor (K, 4) or K boxes of four numbers, got {describe(boxes)}"
-            ) from None
-    if boxes.is_complex() or boxes.dtype == torch.bool:
-        raise TypeError(f"boxes: expected real numbers, got {boxes.dtype}")
-    if boxes.dim() != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes: expected shape (K, 4), (x0, y0, x1, y1) each, got {tuple(boxes.shape)}")
-    return _require_device(boxes.detach(), "boxes", device)
 
 
 def _check_image_index(image_index: Tensor | Sequence[int] | None, boxes: Tensor, num_images: int) -> Tensor | None:

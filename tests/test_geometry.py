@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -11,7 +12,17 @@ pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finegrain_ops.geometry import PixelMap, check_image_size, clip_box, token_coverage, token_mask
+from finegrain_ops import families
+from finegrain_ops.geometry import (
+    PixelMap,
+    check_image_size,
+    clip_box,
+    smart_resize,
+    token_coverage,
+    token_mask,
+    token_masks,
+    token_ranges,
+)
 
 SIDES = st.integers(1, 3000)
 
@@ -102,6 +113,128 @@ def test_coverage_is_the_area_of_the_union(drawn) -> None:
     if len(boxes) == 1:
         torch.testing.assert_close(coverage.double(), single, atol=1e-6, rtol=0)
     assert torch.equal(token_coverage(boxes * 2, pixels, (8, 8)), coverage)  # a box twice is the box
+
+
+FAMILIES = {
+    "llava": families.llava,
+    "llava padded": lambda size: families.llava(size, do_pad=True),
+    "instructblip": families.instructblip,
+    "blip2": families.blip2,
+    "qwen_vl": families.qwen_vl,
+    "qwen2_vl": families.qwen2_vl,
+    "qwen2_5_vl": lambda size: families.qwen2_5_vl(size, max_pixels=28 * 28 * 1280),
+    "qwen3_vl": families.qwen3_vl,
+}
+
+
+@st.composite
+def grids_and_boxes(draw) -> tuple[families.ImageGrid, list[tuple[float, float, float, float]]]:
+    """Boxes anywhere, and boxes whose edges lie on the border of a token, and a float beside it."""
+    height, width = draw(st.integers(8, 1500)), draw(st.integers(8, 1500))
+    grid = FAMILIES[draw(st.sampled_from(list(FAMILIES)))]((height, width))
+    boxes = []
+    for _ in range(draw(st.integers(0, 3))):
+        corners = []
+        for axis, token, side in (
+            (grid.pixels.x, grid.token_size[1], width),
+            (grid.pixels.y, grid.token_size[0], height),
+        ):
+            borders = [draw(st.integers(-1, axis.length // token + 1)) for _ in range(2)]
+            exact = [float((border * token - axis.shift) / axis.scale) for border in borders]
+            beside = [math.nextafter(x, draw(st.sampled_from([-math.inf, math.inf]))) for x in exact]
+            anywhere = (
+                st.floats(-10, side + 10) | st.integers(0, side) | st.floats(allow_nan=False, allow_infinity=False)
+            )
+            corners.append(sorted(draw(st.sampled_from([exact, beside]) | st.lists(anywhere, min_size=2, max_size=2))))
+        boxes.append((corners[0][0], corners[1][0], corners[0][1], corners[1][1]))
+    return grid, boxes
+
+
+@given(grids_and_boxes())
+@settings(max_examples=200, deadline=None)
+def test_vectorised_masks_are_token_mask_of_each_box(drawn) -> None:
+    grid, boxes = drawn
+    masks = token_masks(boxes, grid.pixels, grid.token_size)
+    assert masks.shape == (len(boxes), *grid.shape)
+    ranges = token_ranges(torch.tensor(boxes, dtype=torch.float64).reshape(-1, 4), grid.pixels, grid.token_size)
+    for mask, (left, top, right, bottom), box in zip(masks, ranges.tolist(), boxes):
+        assert torch.equal(mask, token_mask([box], grid.pixels, grid.token_size))
+        assert mask.sum() == max(right - left, 0) * max(bottom - top, 0)
+        assert mask[top:bottom, left:right].all()
+
+
+def test_vectorised_ranges_are_exact_where_floats_are_not() -> None:
+    pixels = PixelMap.of_image((1080, 1920)).resize(189, 336)
+    above = math.nextafter(720, math.inf)
+    boxes = [(720, 0, 960, 1080), (0, 0, 720, 1080), (0, 0, above, 1080), (above, 0, 960, 1080)]
+    assert token_ranges(boxes, pixels, (14, 14))[:, ::2].tolist() == [[9, 12], [0, 9], [0, 10], [9, 12]]
+
+
+def test_boxes_in_other_dtypes_and_none() -> None:
+    grid = families.llava((480, 640))
+    boxes = torch.tensor([[0, 0, 640, 480], [100, 50, 101, 51]])
+    for dtype in (torch.int32, torch.float16, torch.float32, torch.float64):
+        assert torch.equal(grid.masks(boxes.to(dtype)), grid.masks(boxes))
+    assert grid.masks([]).shape == (0, 24, 24)
+    assert grid.ranges(torch.zeros(0, 4)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_box_that_is_no_box(value: float) -> None:
+    with pytest.raises(ValueError, match="boxes: expected finite numbers"):
+        families.llava((480, 640)).ranges([(0, 0, 1, 1), (0, 0, value, 1)])
+    with pytest.raises(ValueError, match=r"boxes: expected shape \(K, 4\)"):
+        families.llava((480, 640)).ranges((0, 0, 1, 1))
+
+
+def test_an_axis_too_long_to_be_exact_is_refused() -> None:
+    long = families.llava((400009, 5))  # its longer side becomes 26880604 pixels, before it is cut
+    with pytest.raises(ValueError, match=r"pixels: expected at most 2\^24 pixels along an axis"):
+        long.ranges([(0, 0, 1, 1)])
+    assert token_mask([(0, 200000, 5, 200010)], long.pixels, long.token_size).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "processed", "shape", "num_keys"),
+    [
+        ("llava", (336, 336), (24, 24), 576),
+        ("llava padded", (336, 336), (24, 24), 576),
+        ("instructblip", (224, 224), (16, 16), 257),
+        ("blip2", (224, 224), (16, 16), 257),
+        ("qwen_vl", (448, 448), (16, 16), 256),
+        ("qwen2_vl", (476, 644), (17, 23), 391),
+        ("qwen2_5_vl", (476, 644), (17, 23), 391),
+        ("qwen3_vl", (480, 640), (15, 20), 300),
+    ],
+)
+def test_families(name: str, processed: tuple[int, int], shape: tuple[int, int], num_keys: int) -> None:
+    grid = FAMILIES[name]((480, 640))
+    assert (grid.pixels.size, grid.shape, grid.num_keys) == (processed, shape, num_keys)
+    keys = grid.key_masks([(0, 0, 640, 480), (320, 0, 640, 480)])
+    assert keys.shape == (2, num_keys)
+    assert not keys[:, : grid.leading].any()
+    assert torch.equal(keys[:, grid.leading :].reshape(2, *shape), grid.masks([(0, 0, 640, 480), (320, 0, 640, 480)]))
+    with pytest.raises(ValueError, match="image_size: expected"):
+        FAMILIES[name]((480, 0))
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((480, 640), (476, 644)),
+        ((42, 70), (56, 56)),  # halves go to the even multiple: 1.5 to 2, 2.5 to 2
+        ((10, 20), (56, 84)),  # too few pixels: scaled by sqrt(3136 / 200), rounded up
+        ((3000, 4000), (840, 1148)),  # too many: 867.5 x 1156.7, rounded down
+        ((5600, 28), (5600, 28)),
+    ],
+)
+def test_smart_resize(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert smart_resize(size, 28, 56 * 56, 28 * 28 * 1280) == expected
+
+
+def test_smart_resize_refuses_what_the_processors_refuse() -> None:
+    with pytest.raises(ValueError, match=r"sides of at most 200 : 1, got 201 x 1 pixels"):
+        families.qwen2_vl((201, 1))
 
 
 def test_a_crop_larger_than_the_image_is_refused() -> None:

@@ -37,8 +37,7 @@ def crop_resize(call: CropCall) -> Tensor:
     multiplier, offset = resized.multiplier_and_offset(call)
     for box, exists in enumerate(sampling.exists.tolist()):
         result[box] = _levels(call, sampling, box) if exists else torch.tensor(call.fill)[:, None, None]
-        result[box].mul_(multiplier).add_(offset)  # while it is in the cache
-    return result.to(call.dtype)
+    return result.mul_(multiplier).add_(offset).to(call.dtype)
 
 
 def _with_neighbouring_channels(call: CropCall, sampling: Sampling) -> CropCall:
