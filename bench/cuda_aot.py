@@ -86,7 +86,7 @@ def sample(variants: Iterable[Variant]) -> list[Variant]:
     """What is compiled without --all: every kernel for every architecture, at the widths most models have. The table
     was made of all widths, and fails when it is older than the sources.
     """
-    return [v for v in variants if v.width in _SAMPLED[v.element] or v.kernel == "merge_splits"]
+    return [v for v in variants if v.kernel == "merge_splits" or v.is_of_crops or v.width in _SAMPLED[v.element]]
 
 
 def _chosen(options: argparse.Namespace) -> list[Variant]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from finegrain_ops.backends.cuda.variants import ELEMENTS, Variant, all_variants
@@ -13,7 +14,7 @@ from .occupancy import most_warps
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda.md"
 BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
 WIDTHS = (64, 128)
-_NAMES = {"half_t": "float16", "bfloat16_t": "bfloat16", "float": "float32"}
+_NAMES = {"half_t": "float16", "bfloat16_t": "bfloat16", "float": "float32", "byte_t": "uint8"}
 
 
 def update(table: CudaTable, document: Path | None = None) -> None:
@@ -51,6 +52,14 @@ def markdown(table: CudaTable) -> str:
         for name, width in _lines_of(element):
             cells = [_cell(entries.get(_name(name, element, width, a)), a) for a in architectures]
             lines.append(f"| {name} | {width} | " + " | ".join(cells) + " |")
+    architectures = list(ARCHITECTURES)
+    lines += ["", "**crops**", "", "| kernel | images | " + " | ".join(f"sm_{a}" for a in architectures) + " |"]
+    lines.append("|---|---|" + "---:|" * len(architectures))
+    for variant in all_variants(ARCHITECTURES[-1:]):
+        if variant.is_of_crops:
+            images = "all" if variant.kernel == "crop_weights" else _NAMES[variant.element]
+            cells = [_cell(entries.get(replace(variant, architecture=a).name), a) for a in architectures]
+            lines.append(f"| {variant.kernel} | {images} | " + " | ".join(cells) + " |")
     lines += [
         "",
         "Made with `make aot CUDA_AOT_FLAGS=--accept` and `python -m bench.cuda_aot --markdown`; all widths are in "

@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table as RichTable
 
 from finegrain_ops.backends.cuda import sources
-from finegrain_ops.backends.cuda.tiles import SHARED_KIB, Tile
+from finegrain_ops.backends.cuda.tiles import SHARED_KIB
 from finegrain_ops.backends.cuda.variants import Variant, all_variants
 
 from .aot_table import Finding
@@ -31,8 +31,9 @@ KNOWN_SPILLS = {"attention_backward_keys-float-112-sm_70": 7, "attention_backwar
 LONGER = 1.02  # a loop by more than this is worse; less is a matter of how instructions were put in order
 
 
-def tile_text(tile: Tile) -> str:
-    return f"{tile.rows}x{tile.step}, {tile.warps} warps, {tile.blocks} blocks"
+def tile_text(variant: Variant) -> str:
+    tile = variant.tile
+    return f"{variant.rows}x{tile.step}, {tile.warps} warps, {tile.blocks} blocks"
 
 
 def sources_digest() -> str:
@@ -75,7 +76,7 @@ class CudaEntry:
         resident = occupancy(variant.architecture, variant.tile.warps, code.registers, shared_bytes)
         return CudaEntry(
             compiler=code.compiler,
-            tile=tile_text(variant.tile),
+            tile=tile_text(variant),
             registers=code.registers,
             stack_bytes=code.stack_bytes,
             spilled_bytes=code.spilled_bytes,
@@ -170,7 +171,7 @@ def broken_rules(variant: Variant, entry: CudaEntry) -> list[Finding]:
             f"a multiprocessor holds {entry.blocks} blocks, and the tile promises {variant.tile.blocks}: "
             f"{entry.limited_by}, {entry.registers} registers, {entry.shared_bytes} bytes of shared memory"
         )
-    if variant.kernel != "merge_splits":  # which neither multiplies nor loads tiles
+    if variant.kernel != "merge_splits" and not variant.is_of_crops:  # which neither multiply matrices nor load tiles
         broken += _missing(variant, entry)
     return [Finding(variant.name, what, is_rule=True) for what in broken]
 

@@ -39,14 +39,17 @@ def image(variant: Variant, runs_on: int | None = None) -> bytes:
 
 
 def older_variants(architecture: int) -> list[Task]:
-    """V100's and T4's, for a GPU of `architecture`."""
+    """V100's and T4's, for a GPU of `architecture`; not those of crops, which need no instructions of their own."""
     if architecture < _FROM:
         return []
     return [
         (variant, architecture)
         for variant in all_variants(OLDER)
         if variant.kernel == "merge_splits"
-        or variant.width in OLDER_WIDTHS[: len(OLDER_WIDTHS) if variant.element == "half_t" else 2]
+        or (
+            not variant.is_of_crops
+            and variant.width in OLDER_WIDTHS[: len(OLDER_WIDTHS) if variant.element == "half_t" else 2]
+        )
     ]
 
 

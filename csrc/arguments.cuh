@@ -76,4 +76,62 @@ struct MergeArguments {
   int reserved;  // keeps the size a multiple of 8
 };
 
+// What crop_weights leaves for crop_resize of one box: where the pixels of its hull lie, the smallest integer rectangle
+// around what is sampled. Its own rows and columns are counted from its first; beyond row_begin..row_end and
+// column_begin..column_end, its pixels in the image, it is `fill`.
+struct CropRecord {
+  const void* image;
+  long long offset;  // of the hull's first pixel, which need not exist; in elements, as strides are
+  long long channel_stride;
+  long long row_stride;
+  long long column_stride;
+  int exists;  // 0: the result is `fill`
+  int vertical_first;
+  int row_begin;
+  int row_end;
+  int column_begin;
+  int column_end;
+};
+
+// When the vertical pass comes first (finegrain_ops/backends/crops/interface.py); 0: never.
+enum PassOrder { VERTICAL_FIRST_IF_TALL = 1, VERTICAL_FIRST_IF_SHRUNK = 2 };
+
+// (level * multiplier + offset) of resized crops, of boxes one after another from first_box on. A place is a row of the
+// result, or a column; they are counted together, the rows first.
+struct CropArguments {
+  const double* boxes;           // (K, 4), x0, y0, x1, y1
+  const long long* image_index;  // (K,), or null: box k lies in image k, or in the only one
+  const long long*
+      image_table;     // (num_images, 6): address, strides of channels, rows, columns, height, width; or null:
+  const void* images;  // (num_images, C, image_height, image_width)
+  long long image_stride;
+  long long channel_stride;
+  long long row_stride;
+  long long column_stride;
+  void* records;  // CropRecord of each box
+  int* taps;      // (boxes, height + width, 2): of the hull's pixels, the first that weighs in a place, and how many do
+  void* weights;  // for each box (row_taps, height) and (column_taps, width): int32, 2^22 for 1, or float32
+  void* result;   // (K, C, height, width), contiguous
+  int num_images;  // sizes of the tensor and of the result
+  int image_height;
+  int image_width;
+  int channels;
+  int height;
+  int width;
+  int row_taps;  // that a place has at most
+  int column_taps;
+  int first_box;
+  int radius;         // of the filter: 1 is bilinear, 2 bicubic
+  int antialias;      // 0: the filter does not widen as crops shrink
+  int is_padded;      // 1: with `fill` around it, the crop is a square
+  int shortest_edge;  // to which the shorter side is resized, or 0: each side to that of the result
+  int pass_order;     // a PassOrder
+  int is_rounded;     // 1: to levels after each pass, since the images are uint8
+  int result_type;    // 0: float32, 1: float16, 2: bfloat16
+  float fill[3];
+  float multiplier[3];
+  float offset[3];
+  int reserved;  // keeps the size a multiple of 8
+};
+
 }  // namespace finegrain

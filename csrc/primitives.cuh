@@ -33,6 +33,7 @@ struct half_t {
 struct bfloat16_t {
   unsigned short bits;
 };
+using byte_t = unsigned char;
 
 FINEGRAIN_DEVICE float to_float(float value) { return value; }
 FINEGRAIN_DEVICE float to_float(half_t value) {
@@ -91,7 +92,22 @@ FINEGRAIN_DEVICE float exp2_fast(float x) {  // 2 units in the last place; 0 for
   return result;
 }
 
-// ---------------------------------------------------------------------------------------------------- shared memory
+// Rounded on its own: no compiler may make a multiply-add of it and a sum.
+FINEGRAIN_DEVICE double multiply(double a, double b) { return __dmul_rn(a, b); }
+
+// ------------------------------------------------------------------------------------------ global and shared memory
+
+// What nobody writes while the kernel runs.
+template <class T>
+FINEGRAIN_DEVICE T load_constant(const T* address) {
+  return __ldg(address);
+}
+FINEGRAIN_DEVICE half_t load_constant(const half_t* address) {
+  return {__ldg(reinterpret_cast<const unsigned short*>(address))};
+}
+FINEGRAIN_DEVICE bfloat16_t load_constant(const bfloat16_t* address) {
+  return {__ldg(reinterpret_cast<const unsigned short*>(address))};
+}
 
 FINEGRAIN_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char bytes[];

@@ -20,6 +20,8 @@ KERNELS = [
     *((kernel, {"of_map": True}) for kernel in WITH_OF_MAP),
     ("attention_backward_query", {}),
     ("attention_backward_keys", {}),
+    ("crop_weights", {}),
+    ("crop_resize", {}),
 ]
 
 
@@ -33,7 +35,9 @@ def require(architecture: int) -> None:
 @pytest.mark.parametrize(("kernel", "options"), KERNELS, ids=lambda value: "-".join(value))
 def test_compiles_for_volta(kernel: str, options: dict[str, bool]) -> None:
     require(70)
-    image = compiler.compile(Variant(kernel, "half_t", 128 if kernel == "merge_splits" else 32, 70, **options))
+    element = "float" if kernel == "crop_weights" else "half_t"
+    width = {"merge_splits": 128, "crop_weights": 0, "crop_resize": 0}.get(kernel, 32)
+    image = compiler.compile(Variant(kernel, element, width, 70, **options))
     assert image[:4] == b"\x7fELF"
     assert f".text.{kernel}\0".encode() in image
 
@@ -55,6 +59,16 @@ def test_ptx_for_a_gpu_that_is_newer_than_the_compiler(small_kernels: Path) -> N
     image = compiler.compile(Variant("attention_map", "half_t", 64, 990))
     assert f".target sm_{newest}".encode() in image
     assert image.endswith(b"\0"), "the driver reads PTX as a string"
+
+
+def test_weights_of_crops_are_rounded_after_every_step() -> None:
+    """No product of float64 is fused with the sum after it: ptxas fuses none that is `.rn`. Two are not, after which
+    there is no sum: one is compared, of the other floor is taken.
+    """
+    image = compiler.compile(Variant("crop_weights", "float", 0, 990))
+    assert b"fma.rn.f64" not in image
+    assert image.count(b"mul.rn.f64") > 10
+    assert image.count(b"mul.f64") == 2
 
 
 def test_machine_code_for_an_older_gpu_of_the_same_major_number(nvrtc: Callable) -> None:

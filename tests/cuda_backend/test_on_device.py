@@ -1,5 +1,5 @@
-"""What only a GPU can show of the CUDA backend: streams, graphs and threads, the tiles that are shipped, and the code
-for older GPUs, whose instructions later ones have as well. `make gpu` runs these.
+"""What only a GPU can show of the CUDA backend: streams, graphs and threads, the tiles that are shipped, crops, and the
+code for older GPUs, whose instructions later ones have as well. `make gpu` runs these.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import crop_cases
 from attention_cases import ALL_CASES, CASES, Case, check_forward, check_gradients
 from bench.cuda_variants import OLDER, image
-from finegrain_ops import attention_map, backends, reweighted_attention, reweighted_attention_varlen
+from finegrain_ops import attention_map, backends, crop_resize, reweighted_attention, reweighted_attention_varlen
 from finegrain_ops.backends.cuda import machine
 from finegrain_ops.backends.cuda.driver import DriverLauncher
 from finegrain_ops.backends.cuda.variants import Variant
@@ -272,6 +273,82 @@ def test_sequences_of_very_different_lengths(device: str) -> None:
     ]
     expected = torch.cat([part.transpose(0, 1) for part in parts])
     torch.testing.assert_close(packed, expected, atol=2e-3, rtol=2e-3)
+
+
+# --------------------------------------------------------------------------------------------------------- crop_resize
+
+
+@pytest.fixture
+def crops_on_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crop_cases, "DEVICE", "cuda")
+
+
+@pytest.mark.usefixtures("crops_on_device")
+@pytest.mark.parametrize("case", crop_cases.ALL_CASES)
+def test_crops(case: crop_cases.CropCase, watched: Watched) -> None:
+    crop_cases.check(case, "cuda")
+    assert {variant.kernel for variant in watched.launched} == {"crop_weights", "crop_resize"}
+
+
+class Crops:
+    """Of a list of images, the boxes in a tensor on the device that is written anew."""
+
+    def __init__(self) -> None:
+        sizes = ((300, 400), (90, 70), (1, 1))
+        self.images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8, device="cuda") for size in sizes]
+        self.boxes = torch.zeros(3, 4, dtype=torch.float64, device="cuda")
+        self.index = torch.arange(3, device="cuda")
+
+    def move_to(self, corner: float) -> None:
+        for row, size in enumerate((200.5, 40, 1)):
+            self.boxes[row] = torch.tensor([corner, corner, corner + size, corner + size])
+
+    def __call__(self, backend: str = "cuda") -> Tensor:
+        return crop_resize(self.images, self.boxes, self.index, size=(70, 50), rescale=1, backend=backend)
+
+
+def test_crops_captured_in_a_cuda_graph() -> None:
+    """Boxes that change between replays; before the first call with these images there is nothing to capture."""
+    crops = Crops()
+    with pytest.raises(RuntimeError, match="run the call once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        crops()
+    crops()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = crops()
+    for corner in (0.0, 3.25, 30.0):  # where the last box lies outside its image, which nobody looks at
+        crops.move_to(corner)
+        graph.replay()
+        assert torch.equal(result, crops("reference"))
+
+
+def test_crops_on_a_side_stream() -> None:
+    """It sees what its own stream wrote just before, and the table that another stream has filled."""
+    crops, stream = Crops(), torch.cuda.Stream()
+    crops.move_to(3.25)
+    expected, contents = crops(), [pixels.clone() for pixels in crops.images]
+    for pixels in crops.images:
+        pixels.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        for pixels, content in zip(crops.images, contents):
+            pixels.copy_(content)
+        actual = crops()
+    stream.synchronize()
+    assert torch.equal(actual, expected)
+
+
+def test_crops_wait_for_nothing() -> None:
+    crops = Crops()
+    crops()
+    more = Crops()  # images of which there is no table yet
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        crops()
+        more()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ------------------------------------------------------------------------------------------ instructions of older GPUs

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from finegrain_ops.backends.cuda import tiles
-from finegrain_ops.backends.cuda.variants import ELEMENTS, KERNELS, WIDTHS, Variant, all_variants, width_for
+from finegrain_ops.backends.cuda.variants import (
+    CROP_ELEMENTS,
+    CROP_KERNELS,
+    ELEMENTS,
+    KERNELS,
+    WIDTHS,
+    Variant,
+    all_variants,
+    width_for,
+)
 
 ARCHITECTURES = sorted(tiles.SHARED_KIB)
 
@@ -28,8 +37,11 @@ def test_as_many_blocks_as_are_promised_fit_a_multiprocessor(architecture: int) 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_tile_is_one_that_the_kernels_can_be_compiled_for(architecture: int) -> None:
     for variant in all_variants([architecture]):
-        if variant.kernel == "merge_splits":
+        if variant.kernel in ("merge_splits", "crop_weights"):
             assert variant.shared_bytes == 0
+            continue
+        if variant.kernel == "crop_resize":
+            assert variant.tile.step % variant.tile.warps == tiles.CROP_PLACES % variant.tile.warps == 0
             continue
         assert variant.tile.step % 16 == 0
         assert variant.tile.step > 0
@@ -59,16 +71,22 @@ def test_later_architectures_share_the_tiles_of_sm_80() -> None:
 def test_all_variants() -> None:
     variants = all_variants([70, 80])
     assert len({variant.name for variant in variants}) == len(set(variants)) == len(variants)
-    assert {v.kernel for v in variants} == set(KERNELS)
-    assert {v.element for v in variants if v.architecture == 70} == {"half_t", "float"}
-    assert {v.element for v in variants if v.architecture == 80} == set(ELEMENTS)
+    assert {v.kernel for v in variants} == {*KERNELS, *CROP_KERNELS}
+    of_attention = [v for v in variants if not v.is_of_crops]
+    assert {v.element for v in of_attention if v.architecture == 70} == {"half_t", "float"}
+    assert {v.element for v in of_attention if v.architecture == 80} == set(ELEMENTS)
     assert sum(v.kernel == "merge_splits" for v in variants) == 2 + 3
+    for architecture in (70, 80):
+        of_crops = [v for v in variants if v.is_of_crops and v.architecture == architecture]
+        assert {v.element for v in of_crops if v.kernel == "crop_resize"} == set(CROP_ELEMENTS)
+        assert len(of_crops) == len(CROP_ELEMENTS) + 1
 
 
 def test_names() -> None:
     variant = Variant("attention_forward", "half_t", 128, 70, long=True)
     assert (variant.name, variant.entry) == ("attention_forward-half_t-128-sm_70-long", "attention_forward")
     assert Variant("attention_rows", "float", 32, 75, of_map=True).name == "attention_rows-float-32-sm_75-of_map"
+    assert Variant("crop_resize", "byte_t", 0, 70).name == "crop_resize-byte_t-sm_70"
 
 
 def test_defines_are_what_the_kernels_read() -> None:
@@ -99,6 +117,10 @@ def test_width_for() -> None:
         (("merge_splits", "half_t", 64, 75), "only the width 128"),
         (("attention_forward", "float", 64, 75, True), "no long variant"),
         (("attention_map", "float", 64, 75, False, True), "no variant of_map"),
+        (("attention_map", "byte_t", 64, 75), "no such kernel"),
+        (("crop_resize", "byte_t", 64, 75), "no such kernel"),
+        (("crop_resize", "byte_t", 0, 61), "no such kernel"),
+        (("crop_weights", "byte_t", 0, 75), "no such kernel"),
     ],
 )
 def test_there_is_no_such_variant(arguments: tuple, message: str) -> None:

@@ -27,7 +27,7 @@ def use_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator:
 
     def use(launcher: CpuLauncher) -> CpuLauncher:
         monkeypatch.setattr(machine, "unavailable_reasons", lambda: [])
-        monkeypatch.setattr(machine, "device_reasons", lambda device_type, index: [])
+        monkeypatch.setattr(machine, "device_reasons", lambda device_type, index, subject="": [])
         monkeypatch.setattr(machine, "launcher", lambda device: launcher)
         backends.select.cache_clear()
         return launcher

@@ -18,6 +18,8 @@ WRITTEN = {
     "attention_map": {"map"},
     "attention_backward_query": {"grad_query"},
     "attention_backward_keys": {"grad_key", "grad_value", "grad_bias"},
+    "crop_weights": {"records", "taps", "weights"},
+    "crop_resize": {"result"},
 }
 
 

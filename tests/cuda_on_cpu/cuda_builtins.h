@@ -103,3 +103,6 @@ __forceinline__ float expf(float x) { return __builtin_expf(x); }
 __forceinline__ float exp2f(float x) { return __builtin_exp2f(x); }
 __forceinline__ float logf(float x) { return __builtin_logf(x); }
 __forceinline__ float log2f(float x) { return __builtin_log2f(x); }
+__forceinline__ double fabs(double x) { return __builtin_fabs(x); }
+__forceinline__ double floor(double x) { return __builtin_floor(x); }
+__forceinline__ double ceil(double x) { return __builtin_ceil(x); }

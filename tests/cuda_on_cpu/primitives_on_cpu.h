@@ -26,6 +26,7 @@ struct half_t {
 struct bfloat16_t {
   unsigned short bits;
 };
+using byte_t = unsigned char;
 
 FINEGRAIN_DEVICE float to_float(float value) { return value; }
 FINEGRAIN_DEVICE float to_float(half_t value) { return simulator::half_to_float(value.bits); }
@@ -59,7 +60,14 @@ FINEGRAIN_DEVICE float exp2_fast(float x) {
   return result < __FLT_MIN__ ? 0.0f : result;  // ftz; a NaN stays one
 }
 
-// ---------------------------------------------------------------------------------------------------- shared memory
+FINEGRAIN_DEVICE double multiply(double a, double b) { return a * b; }
+
+// ------------------------------------------------------------------------------------------ global and shared memory
+
+template <class T>
+FINEGRAIN_DEVICE T load_constant(const T* address) {
+  return *address;
+}
 
 FINEGRAIN_DEVICE unsigned char* shared_memory() { return simulator::shared_memory(); }
 FINEGRAIN_DEVICE unsigned shared_address(const void* address) { return simulator::shared_offset(address); }

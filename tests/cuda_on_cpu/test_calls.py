@@ -21,7 +21,7 @@ import oracle
 from attention_cases import ALL_CASES, CASES, Case, check_forward, check_gradients
 from finegrain_ops import UnsupportedInputError, reweighted_attention
 from finegrain_ops.backends.cuda import launches
-from finegrain_ops.backends.cuda.arguments import AttentionArguments, MergeArguments
+from finegrain_ops.backends.cuda.arguments import CROP_RECORD_BYTES, AttentionArguments, CropArguments, MergeArguments
 from map_cases import MapCase, check_map, check_map_gradients
 from test_operator import operator_arguments
 from tolerances import assert_close
@@ -350,18 +350,27 @@ def test_what_is_not_supported(volta: CpuLauncher) -> None:
     assert "query's head dimension is 136; at most 128 is supported" in refusal(torch.float16, 136)
 
 
-@pytest.mark.parametrize("structure", [AttentionArguments, MergeArguments], ids=lambda s: s.__name__)
-def test_arguments_are_laid_out_as_the_kernels_expect(structure: type[ctypes.Structure]) -> None:
-    """csrc/arguments.cuh names the same fields in the same order; fields of 8 bytes first, so there is no padding."""
+def declared_fields(structure: str) -> list[tuple[str, int]]:
+    """Names and bytes of the fields in csrc/arguments.cuh, without padding."""
     text = (simulator.CSRC / "arguments.cuh").read_text()
-    body = re.search(rf"struct {structure.__name__} \{{(.*?)\n\}};", text, re.DOTALL)
+    body = re.search(rf"struct {structure} \{{(.*?)\n\}};", text, re.DOTALL)
     assert body is not None
     code = re.sub(r"//.*", "", body.group(1))
-    declared = re.findall(r"([\w ]+?)[\s*]+(\w+);", code)
     kinds = {"Rows": 32, "int": 4, "float": 4, "long long": 8}
-    expected = []
-    for kind, name in declared:
-        is_pointer = re.search(rf"\*\s*{name};", code) is not None
-        expected.append((name, 8 if is_pointer else kinds[kind.strip()]))
+    fields = []
+    for kind, pointer, name, count in re.findall(r"([\w ]+?)\s*(\*?)\s+(\w+)(?:\[(\d+)\])?;", code):
+        fields.append((name, 8 if pointer else kinds[kind.strip()] * int(count or 1)))
+    assert len(fields) == code.count(";")
+    return fields
+
+
+@pytest.mark.parametrize("structure", [AttentionArguments, MergeArguments, CropArguments], ids=lambda s: s.__name__)
+def test_arguments_are_laid_out_as_the_kernels_expect(structure: type[ctypes.Structure]) -> None:
+    """csrc/arguments.cuh names the same fields in the same order; fields of 8 bytes first, so there is no padding."""
+    expected = declared_fields(structure.__name__)
     assert [(name, ctypes.sizeof(kind)) for name, kind in structure._fields_] == expected
     assert ctypes.sizeof(structure) == sum(size for _, size in expected)
+
+
+def test_the_size_of_a_crop_record() -> None:
+    assert sum(size for _, size in declared_fields("CropRecord")) == CROP_RECORD_BYTES

@@ -98,6 +98,41 @@ class MergeArguments(_Arguments):
     ]
 
 
+# One of the CropRecords that crop_weights leaves for crop_resize; nothing of it is known on the host but its size.
+CROP_RECORD_BYTES = 64
+
+
+class CropArguments(_Arguments):
+    _fields_: ClassVar = [
+        *((name, ctypes.c_void_p) for name in ("boxes", "image_index", "image_table", "images")),
+        *((name, ctypes.c_longlong) for name in ("image_stride", "channel_stride", "row_stride", "column_stride")),
+        *((name, ctypes.c_void_p) for name in ("records", "taps", "weights", "result")),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "num_images",
+                "image_height",
+                "image_width",
+                "channels",
+                "height",
+                "width",
+                "row_taps",
+                "column_taps",
+                "first_box",
+                "radius",
+                "antialias",
+                "is_padded",
+                "shortest_edge",
+                "pass_order",
+                "is_rounded",
+                "result_type",
+            )
+        ),
+        *((name, ctypes.c_float * 3) for name in ("fill", "multiplier", "offset")),
+        ("reserved", ctypes.c_int),
+    ]
+
+
 def is_aligned(tensors: list[Tensor], columns: list[int]) -> bool:
     """Whether every row of `tensors` begins at a multiple of 16 bytes, and rows of so many columns end at one: then
     they are read and written 16 bytes at a time.

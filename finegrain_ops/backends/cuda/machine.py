@@ -85,10 +85,12 @@ def unavailable_reasons() -> list[str]:
     return [] if any(not refusal for refusal in refusals) else refusals[0]
 
 
-def device_reasons(device_type: str, index: int | None) -> list[str]:
-    """Why this device, one of several, cannot run the kernels; [] where it can. unavailable_reasons comes first."""
+def device_reasons(device_type: str, index: int | None, subject: str = "query is") -> list[str]:
+    """Why this device, one of several, cannot run the kernels; [] where it can. unavailable_reasons comes first.
+    `subject` is what lies there.
+    """
     if device_type != "cuda":
-        return [f"query is on {device_type}; move it to a CUDA device"]
+        return [f"{subject} on {device_type}; move {'it' if subject.endswith(' is') else 'them'} to a CUDA device"]
     architecture = _architecture(index)
     if architecture < OLDEST_ARCHITECTURE:
         return [f"the GPU's compute capability is {architecture / 10:.1f}; the kernels need 7.0 or later"]

@@ -85,6 +85,12 @@ def _row(kernel: str, architecture: int, element_size: int, width: int, tile: tu
 
 # merge_splits has no tile: a warp adds up one row.
 MERGE_TILE = Tile(warps=4, row_blocks=1, step=0, blocks=1)
+# Nor has crop_weights: a thread owns a row or column of a result. A thread block of crop_resize makes CROP_PLACES x
+# CROP_PLACES of one, from `step` rows or columns of the image at a time. By bytes of a level in shared memory.
+WEIGHTS_TILE = Tile(warps=4, row_blocks=1, step=0, blocks=1)
+CROP_TILES = {1: Tile(warps=8, row_blocks=1, step=32, blocks=3), 4: Tile(warps=8, row_blocks=1, step=16, blocks=3)}
+CROP_PLACES = 32
+_CROP_PITCH = {1: 132, 4: 67}  # csrc/crop_resize.cuh
 
 # fmt: off
 #         kernel                           from bytes width (warps, row_blocks, step, blocks)
@@ -226,6 +232,10 @@ def tile_for(kernel: str, architecture: int, element_size: int, width: int) -> T
     """The newest architecture's row that is not newer than the GPU, of those the narrowest that is wide enough."""
     if kernel == "merge_splits":
         return MERGE_TILE
+    if kernel == "crop_weights":
+        return WEIGHTS_TILE
+    if kernel == "crop_resize":
+        return CROP_TILES[_stored_size(element_size)]
     rows = [
         row
         for row in TABLE
@@ -238,12 +248,20 @@ def tile_for(kernel: str, architecture: int, element_size: int, width: int) -> T
     return max(rows, key=lambda row: (row.architecture, -row.width)).tile
 
 
+def _stored_size(element_size: int) -> int:
+    """Bytes of a level in shared memory: images of any floating type have it in float32."""
+    return 1 if element_size == 1 else 4
+
+
 def shared_bytes(kernel: str, tile: Tile, element_size: int, width: int) -> int:
     """What csrc/tiles.cuh hands out: tiles with an odd number of 16-byte units per row, floats for each row of the
-    step, scratch.
+    step, scratch. For crop_resize: what is known of the tile, pixels of a step and their levels after the first pass.
     """
-    if kernel == "merge_splits":
+    if kernel in ("merge_splits", "crop_weights"):
         return 0
+    if kernel == "crop_resize":
+        size = _stored_size(element_size)
+        return 256 + 3 * tile.step * (_CROP_PITCH[size] + CROP_PLACES) * size
     own, step = _TILES_IN_SHARED_MEMORY[kernel]
     row_bytes = ((width * element_size // 16) | 1) * 16
     return (own * tile.rows + step * tile.step) * row_bytes + 8 * tile.step * 4 + 128

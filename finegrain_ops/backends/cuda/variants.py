@@ -11,6 +11,8 @@ from .tiles import WIDTHS, Tile
 
 # As the kernels name them; bytes per element and the oldest architecture that has instructions for them.
 ELEMENTS = {"half_t": (2, 70), "bfloat16_t": (2, 80), "float": (4, 70)}
+# Of images, for every architecture: they are only converted.
+CROP_ELEMENTS = {"byte_t": 1, "half_t": 2, "bfloat16_t": 2, "float": 4}
 KERNELS = (
     "attention_forward",
     "attention_rows",
@@ -19,6 +21,7 @@ KERNELS = (
     "attention_map",
     "merge_splits",
 )
+CROP_KERNELS = ("crop_weights", "crop_resize")
 WITH_OF_MAP = ("attention_rows", "attention_backward_query", "attention_backward_keys")
 OLDEST_ARCHITECTURE = 70
 
@@ -37,12 +40,17 @@ def has_long(kernel: str, element: str) -> bool:
 class Variant:
     kernel: str
     element: str
-    width: int  # 128 for merge_splits, which has no other
+    width: int  # 128 for merge_splits, which has no other; 0 for the kernels of crops, which have none
     architecture: int  # 10 * compute capability
     long: bool = False
     of_map: bool = False  # for the gradient of an attention map
 
     def __post_init__(self) -> None:
+        if self.is_of_crops:
+            elements = ("float",) if self.kernel == "crop_weights" else tuple(CROP_ELEMENTS)
+            if self.element not in elements or self.width or self.options or self.architecture < OLDEST_ARCHITECTURE:
+                raise ValueError(f"no such kernel: {self}")
+            return
         if self.kernel not in KERNELS or self.element not in ELEMENTS or self.width not in WIDTHS:
             raise ValueError(f"no such kernel: {self}")
         if self.kernel == "merge_splits" and self.width != 128:
@@ -53,6 +61,10 @@ class Variant:
             raise ValueError(f"{self.kernel} of {self.element} has no long variant")
         if self.of_map and self.kernel not in WITH_OF_MAP:
             raise ValueError(f"{self.kernel} has no variant of_map")
+
+    @property
+    def is_of_crops(self) -> bool:
+        return self.kernel in CROP_KERNELS
 
     @property
     def entry(self) -> str:
@@ -68,11 +80,12 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel}-{self.element}-{self.width}-sm_{self.architecture}{self.options}"
+        width = "" if self.is_of_crops else f"-{self.width}"
+        return f"{self.kernel}-{self.element}{width}-sm_{self.architecture}{self.options}"
 
     @property
     def element_size(self) -> int:
-        return ELEMENTS[self.element][0]
+        return CROP_ELEMENTS[self.element] if self.is_of_crops else ELEMENTS[self.element][0]
 
     @property
     def _tile_name(self) -> str:
@@ -88,8 +101,10 @@ class Variant:
 
     @functools.cached_property
     def rows(self) -> int:
-        """Rows of the tile that a thread block owns."""
-        return self.tile.rows
+        """Rows of the tile that a thread block owns; for crops, rows or columns of a result."""
+        if self.kernel == "crop_weights":
+            return self.threads
+        return tiles.CROP_PLACES if self.kernel == "crop_resize" else self.tile.rows
 
     @functools.cached_property
     def shared_bytes(self) -> int:
@@ -126,3 +141,6 @@ def _variants_of(architecture: int) -> Iterator[Variant]:
                     yield Variant(kernel, element, width, architecture, long=True)
                 if kernel in WITH_OF_MAP:
                     yield Variant(kernel, element, width, architecture, of_map=True)
+    yield Variant("crop_weights", "float", 0, architecture)
+    for element in CROP_ELEMENTS:
+        yield Variant("crop_resize", element, 0, architecture)
