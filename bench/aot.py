@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .aot_configurations import Configuration
+    from .aot_crops import CropConfiguration
     from .aot_table import Entry, Finding
 
 # What needs triton is imported when it is there.
@@ -69,6 +70,7 @@ def _compile_and_compare(options: argparse.Namespace) -> int:
     import triton
 
     from .aot_configurations import configurations
+    from .aot_crops import crop_configurations
     from .aot_table import (
         PATH,
         Finding,
@@ -80,8 +82,9 @@ def _compile_and_compare(options: argparse.Namespace) -> int:
         limited_configurations,
     )
 
-    chosen, limited = configurations(), limited_configurations()
-    further = [c for c in configurations(every=True) if c not in set(chosen)] if options.all else []
+    chosen, limited = [*configurations(), *crop_configurations()], limited_configurations()
+    every = [*configurations(every=True), *crop_configurations(every=True)] if options.all else []
+    further = [c for c in every if c not in set(chosen)]
     if options.only:
         words = options.only.split()
         chosen, limited = ([c for c in cs if set(words) <= set(str(c).split())] for cs in (chosen, limited))
@@ -113,7 +116,9 @@ def _compile_and_compare(options: argparse.Namespace) -> int:
     return _report(findings, len(entries))
 
 
-def compile_all(chosen: Sequence[Configuration], jobs: int) -> tuple[dict[Configuration, Entry], list[Finding]]:
+def compile_all(
+    chosen: Sequence[Configuration | CropConfiguration], jobs: int
+) -> tuple[dict[Configuration | CropConfiguration, Entry], list[Finding]]:
     """In the order of `chosen`; findings are those that do not compile."""
     from tqdm import tqdm
 
@@ -133,7 +138,7 @@ def compile_all(chosen: Sequence[Configuration], jobs: int) -> tuple[dict[Config
     return {configuration: compiled[configuration] for configuration in chosen if configuration in compiled}, failed
 
 
-def _compile(configuration: Configuration) -> Entry:
+def _compile(configuration: Configuration | CropConfiguration) -> Entry:
     from .aot_table import Entry
 
     return Entry.of(*configuration.compile())

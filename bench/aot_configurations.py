@@ -72,6 +72,7 @@ class Configuration:
     head_dim: int
     features: str
     tile: Tile | None = None  # instead of the table's
+    has_products = True
 
     def __str__(self) -> str:
         at_tile = f" at {self.tile.BLOCK_M}x{self.tile.BLOCK_N}" if self.tile else ""

@@ -31,16 +31,21 @@ KERNELS = {  # every kernel that a call below may launch, and the module in whic
     "prepare_key_bias_kernel": "key_bias",
     "row_statistics_kernel": "attention_backward",
     "row_range_kernel": "attention_map",
+    "crop_weights_kernel": "crop_weights",
+    "crop_resize_kernel": "crop_resize",
 }
 _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.uint8: "*u8",
     float: "fp32",
     int: "i32",
 }
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # of a launch, besides its arguments
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -139,6 +144,9 @@ class Launch:
         return Tile(**{name: self.arguments[name] for name in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")})
 
     def compile(self, compute_capability: int) -> MachineCode:
+        return compile_kernel(**self.how_to_compile(compute_capability))
+
+    def how_to_compile(self, compute_capability: int) -> dict[str, Any]:
         """For any strides and lengths: of the integers only the strides of a prepared bias, which has a range_ptr, are
         divisible by 16, and none is 1. STRIDE_UNIT says what else is known.
         """
@@ -147,24 +155,37 @@ class Launch:
         types = {
             name: _TYPES[value.dtype if isinstance(value, Tensor) else type(value)] for name, value in rest.items()
         }
-        divisible = {name for name, value in rest.items() if isinstance(value, Tensor)}
+        aligned = {p.name for p in self.kernel.params if not p.do_not_specialize_on_alignment}
+        divisible = {name for name, value in rest.items() if isinstance(value, Tensor) and name in aligned}
         if "range_ptr" in rest:
             divisible |= {"bias_stride_b", "bias_stride_h"}
-        warps, stages = self.arguments["num_warps"], self.arguments["num_stages"]
-        return compile_kernel(self.kernel, constants, compute_capability, types, divisible, warps, stages)
+        return {
+            "kernel": self.kernel,
+            "constants": constants,
+            "compute_capability": compute_capability,
+            "types": types,
+            "divisible": divisible,
+            **{name: self.arguments[name] for name in _OPTIONS if name in self.arguments},
+        }
 
 
 def record(run: Callable[[Call], None], call: Call) -> dict[str, Launch]:
     """What `run` launches for the call, by the name of the kernel."""
+    if call.tile is None:
+        return recorded(lambda: run(call))
+    with mock.patch.object(arguments_module, "tile_for", return_value=call.tile):
+        return recorded(lambda: run(call))
+
+
+def recorded(run: Callable[[], object]) -> dict[str, Launch]:
+    """What `run` launches, by the name of the kernel."""
     launches: dict[str, Launch] = {}
     with contextlib.ExitStack() as stack:
         for name, module_name in KERNELS.items():
             module = importlib.import_module(f"finegrain_ops.kernels.{module_name}")
             recorder = _Recorder(getattr(module, name), name, launches)
             stack.enter_context(mock.patch.object(module, name, recorder))
-        if call.tile is not None:
-            stack.enter_context(mock.patch.object(arguments_module, "tile_for", return_value=call.tile))
-        run(call)
+        run()
     return launches
 
 

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from finegrain_ops.kernels.tuning import Tile
 
 from .aot_configurations import Configuration
+from .aot_crops import CropConfiguration
 from .machine_code import SHARED_MEMORY_LIMIT, MachineCode
 
 PATH = Path(__file__).resolve().parent / "results" / "machine-code.json"
@@ -104,13 +105,13 @@ class Finding:
     is_note: bool = False  # reported, and no failure
 
 
-def broken_rules(configuration: Configuration, entry: Entry) -> list[Finding]:
+def broken_rules(configuration: Configuration | CropConfiguration, entry: Entry) -> list[Finding]:
     """Those that hold whatever the table says."""
     limit = SHARED_MEMORY_LIMIT[configuration.compute_capability]
     broken = []
     if entry.stack_bytes or entry.spills:
         broken.append(f"spills: {entry.stack_bytes} bytes of stack, {entry.spills} accesses")
-    if not entry.loops:
+    if configuration.has_products and not entry.loops:
         broken.append("no loop with matrix products was found")
     if configuration.is_half_precision and "FFMA" in entry.opcodes:
         broken.append(f"no tensor-core instruction in a loop: {', '.join(entry.loops)}")

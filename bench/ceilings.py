@@ -15,7 +15,7 @@ _ROUNDS = 8
 
 
 class Ceilings(NamedTuple):
-    matmul_tflops: float  # torch.matmul of two square matrices of random numbers, in the dtype of the case
+    matmul_tflops: float | None  # torch.matmul of two square matrices of random numbers, in the dtype of the case
     copy_gb_per_s: float  # Tensor.copy_ on the device; bytes read and bytes written both count
 
 
@@ -30,9 +30,13 @@ class MeasuredCeilings:
     def of(self, dtype: torch.dtype) -> Ceilings:
         if dtype not in self._matmul:
             self._matmul[dtype] = matmul_tflops(self._device, dtype, _MATMUL_SIZE[self._device.type])
+        return Ceilings(self._matmul[dtype], self.of_copy().copy_gb_per_s)
+
+    def of_copy(self) -> Ceilings:
+        """For operations without a matrix product to compare with."""
         if self._copy is None:
             self._copy = copy_gb_per_s(self._device, _COPY_BYTES[self._device.type])
-        return Ceilings(self._matmul[dtype], self._copy)
+        return Ceilings(None, self._copy)
 
 
 def matmul_tflops(device: torch.device, dtype: torch.dtype, size: int) -> float:

@@ -6,6 +6,7 @@ import importlib.util
 import shlex
 import time
 from collections.abc import Iterator
+from itertools import chain, zip_longest
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from . import results
 from .cases import SETS, cases_for
 from .ceilings import MeasuredCeilings
+from .crop_cases import crop_cases_for
 from .machine import describe_machine
 from .stand_in import BenchmarkStandIn
 
@@ -21,6 +23,7 @@ _STORE = pytest.StashKey[results.RowStore]()
 _START = pytest.StashKey[float]()
 _LEFT_OUT = pytest.StashKey[list[str]]()
 
+_IN_TURNS = ("test_attention.py", "test_crop_resize.py")
 _SECONDS = {("cpu", "quick"): 2.0, ("cpu", "full"): 5.0, ("cuda", "quick"): 0.3, ("cuda", "full"): 0.5}
 
 
@@ -73,9 +76,18 @@ def device_type(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        cases = cases_for(device_type(metafunc.config), metafunc.config.getoption("--bench-set"))
-        metafunc.parametrize("case", cases, ids=[case.id for case in cases])
+    for name, find in (("case", cases_for), ("crop_case", crop_cases_for)):
+        if name in metafunc.fixturenames:
+            cases = find(device_type(metafunc.config), metafunc.config.getoption("--bench-set"))
+            metafunc.parametrize(name, cases, ids=[case.id for case in cases])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The operators' cases take turns, so that a run that ends early has some of each."""
+    first, *others = ([item for item in items if item.path.name == name] for name in _IN_TURNS)
+    rest = [item for item in items if item.path.name not in _IN_TURNS]
+    in_turns = chain.from_iterable(zip_longest(first, *others))
+    items[:] = [*(item for item in in_turns if item is not None), *rest]
 
 
 @pytest.fixture(autouse=True)

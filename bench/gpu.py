@@ -28,6 +28,8 @@ TESTS = (
     "tests/test_reweighted_attention.py",
     "tests/test_reweighted_attention_varlen.py",
     "tests/test_attention_map.py",
+    "tests/test_crop_resize.py",
+    "tests/test_crop_arguments.py",
     "tests/test_operator.py",
     "tests/triton_kernels",
     "tests/cuda_backend/test_on_device.py",
@@ -38,6 +40,7 @@ HELPFUL = {
     "hypothesis": ("hypothesis", "tests on drawn arguments are left out"),
     "pytest_benchmark": ("pytest-benchmark", "a stand-in runs the benchmarks; their rows are the same"),
     "rich": ("rich", "rows are stored, but no tables printed"),
+    "PIL": ("Pillow", "the tests of crop_resize, which compare with it, and its peers on the host are left out"),
     "cpuinfo": ("py-cpuinfo", "rows name the CPU less exactly"),
     "transformers": ("transformers", "rows name no version of it"),
 }

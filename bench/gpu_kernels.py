@@ -11,7 +11,7 @@ import sys
 import torch
 from torch import Tensor
 
-from finegrain_ops import attention_map, backends, reweighted_attention, reweighted_attention_varlen
+from finegrain_ops import attention_map, backends, crop_resize, reweighted_attention, reweighted_attention_varlen
 
 from .gpu import CANNOT_RUN
 
@@ -25,6 +25,8 @@ def main(device: str = "cuda", backend: str = "triton") -> None:
         unaligned(device, backend)
         for call in (batched, read_out, decode):
             call(device, backend, torch.float32)  # without tensor cores: another tile
+    for dtype in (torch.uint8, torch.float16, torch.bfloat16, torch.float32):
+        cropped(device, backend, dtype)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
@@ -83,6 +85,20 @@ def many_rows(device: str, backend: str) -> None:
     """So many heads that there are enough thread blocks of the kernel with more rows for each."""
     query, key, value, bias = leaves(device, torch.float16, (8, 16, 150, 72), *[(8, 16, 90, 72)] * 2, (8, 90))
     reweighted_attention(query, key, value, key_bias=bias.float(), is_causal=True, backend=backend)
+
+
+def cropped(device: str, backend: str, dtype: torch.dtype) -> None:
+    """Boxes at the edges of a list of images and beyond them; on a device, where nobody has looked at them, also one
+    without area and one of an image that does not exist.
+    """
+    images = [torch.randint(0, 256, (3, *size), device=device).to(dtype) for size in ((37, 53), (64, 19))]
+    images[1] = images[1].mT  # pixels at any stride
+    boxes, index = [[0, 0, 53, 37], [40, 20, 53, 37], [2.5, 3.5, 9.75, 30], [-9, -9, 1e9, 1e9]], [0, 0, 1, 1]
+    if device == "cuda":
+        boxes, index = [*boxes, [5, 5, 5, 9], [0, 0, 9, 9]], [*index, 0, 7]
+    arguments = torch.tensor(boxes, device=device), torch.tensor(index, device=device)
+    crop_resize(images, *arguments, size=(21, 35), pad="square", fill=9, mean=0.5, std=0.5, backend=backend)
+    crop_resize(torch.stack([images[0]] * 2), *arguments, size=9, shortest_edge=17, antialias=False, backend=backend)
 
 
 def leaves(device: str, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:

@@ -32,6 +32,10 @@ class CaseInputs:
     grad_output: Tensor | None = None  # (B, H, Nq, D), for BACKWARD
     rows: Tensor | None = None  # (Nq,) bool, for READ_OUT; None: all
 
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
 
 @dataclass(frozen=True)
 class PackedInputs:
@@ -44,6 +48,10 @@ class PackedInputs:
     region_mask: Tensor  # (T,) bool
     key_bias: Tensor  # (T,) float32
     cu_seqlens: Tensor  # (S + 1,) int32
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
 
     def sequences(self) -> list[CaseInputs]:
         """Each sequence as a call of its own, views of (1, H, L, D)."""

@@ -28,7 +28,7 @@ def describe_machine(device: torch.device, command: str) -> dict:
         "gpu": describe_gpu(device) if device.type == "cuda" else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "triton", "transformers")}
+        "versions": {name: version(name) for name in ("torch", "triton", "transformers", "pillow")}
         | {"finegrain_ops": finegrain_ops.__version__},
         "commit": commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -55,19 +55,31 @@ def compile_kernel(
     compute_capability: int,
     types: Mapping[str, str],
     divisible: Set[str],
-    num_warps: int,
-    num_stages: int,
+    **options: Any,
 ) -> MachineCode:
-    """`types` of the arguments that are no constants, as Triton names them; those in `divisible` are so by 16."""
+    """`types` of the arguments that are no constants, as Triton names them; those in `divisible` are so by 16. options:
+    num_warps and what else a launch says besides arguments.
+    """
+    return _read(compiled_kernel(kernel, constants, compute_capability, types, divisible, **options))
+
+
+def compiled_kernel(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    compute_capability: int,
+    types: Mapping[str, str],
+    divisible: Set[str],
+    **options: Any,
+) -> Any:
+    """The same, as Triton has it."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name in divisible}
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(kernel, signature, constexprs=dict(constants), attrs=attributes),
         target=GPUTarget("cuda", compute_capability, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options=options,
     )
-    return _read(compiled)
 
 
 def _read(compiled: Any) -> MachineCode:

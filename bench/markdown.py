@@ -7,9 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .cases import cases_for
-from .operations import DECODE, OPERATIONS, TITLES
+from .crop_cases import crop_cases_for
+from .operations import BOUND_BY_MEMORY, OPERATIONS, TITLES
 from .peers import ours, ours_unbiased
-from .tables import grouped, machine_line, mask_ratio, memory_table, of_kind, reason_lines, shape, speed
+from .tables import (
+    grouped,
+    has_speed,
+    machine_line,
+    mask_ratio,
+    memory_table,
+    of_kind,
+    reason_lines,
+    shape,
+    speed,
+)
 
 BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
 _MOST_LINES = 14  # of more cases only the quick set is shown
@@ -64,10 +75,12 @@ def _ceiling_lines(rows: list[dict]) -> list[str]:
 
 def _summary(rows: list[dict]) -> str:
     """What the columns are, and over all cases ours against the base and against our own kernel without bias."""
-    by_operation = "GB/s (of the copy)" if rows[0]["operation"] == DECODE else "TFLOP/s (of the matrix product)"
+    by_operation = (
+        "GB/s (of the copy)" if rows[0]["operation"] in BOUND_BY_MEMORY else "TFLOP/s (of the matrix product)"
+    )
     bases = dict.fromkeys(row["base"] for row in rows if row["reason"] is None and row.get("base"))
     text = f"Median ms and its ratio to {' or '.join(bases)} in the same round (20th to 80th percentile)"
-    text += f", and {by_operation}." if any("tflops" in row for row in rows) else "."
+    text += f", and {by_operation}." if any(map(has_speed, rows)) else "."
     cases = _cases(rows)
     ours = [first for case_rows in cases if (first := _first_of_ours(case_rows)) is not None]
     for name, ratios in (
@@ -77,9 +90,20 @@ def _summary(rows: list[dict]) -> str:
         if len(ratios) > 1:
             text += f" Over {len(ratios)} cases ours / {name} is {statistics.median(ratios):.2f}, "
             text += f"from {min(ratios):.2f} to {max(ratios):.2f}."
+    text += _levels_off(rows)
     if len(shown := _shown(cases)) < len(cases):
         text += f" {len(shown)} of {len(cases)} cases are shown; bench/results/ has all."
     return text
+
+
+def _levels_off(rows: list[dict]) -> str:
+    """How far from Pillow's the results of `crop_resize` and its peers are."""
+    most: dict[float, dict[str, None]] = {}
+    peers = grouped([row for row in rows if "levels_off" in row], lambda row: row["peer"])
+    for peer, peer_rows in peers:
+        most.setdefault(max(row["levels_off"] for row in peer_rows), {})[peer] = None
+    parts = [f"{levels:g} ({', '.join(names)})" for levels, names in sorted(most.items())]
+    return f" Levels off Pillow's at most: {', '.join(parts)}." if parts else ""
 
 
 def _with_own_ratio(row: dict) -> dict:
@@ -99,15 +123,15 @@ def _operation_table(rows: list[dict]) -> list[str]:
     """A line per case, a column per peer that ran in any; ours with spread and speed."""
     peers = list(dict.fromkeys(row["peer"] for row in rows if row["reason"] is None))
     has_own = any(_with_own_ratio(row)["own"] for row in rows)
-    has_speed = any("tflops" in row for row in rows)
+    speed_is_known = any(map(has_speed, rows))
     has_mask = any(_cuda_to_mask(case_rows) is not None for case_rows in _cases(rows))
-    header = ["case", *(["ours, speed"] if has_speed else []), *(["ours / own unbiased"] if has_own else [])]
+    header = ["case", *(["ours, speed"] if speed_is_known else []), *(["ours / own unbiased"] if has_own else [])]
     header += [*(["cuda / memory-efficient with mask"] if has_mask else []), *peers]
     lines = []
     for case_rows in _shown(_cases(rows)):
         case, by_peer, ours = case_rows[0]["case"], {row["peer"]: row for row in case_rows}, _first_of_ours(case_rows)
         line = [f"{_name(case)} ({shape(case)})"]
-        if has_speed:
+        if speed_is_known:
             line.append("" if ours is None else _speed_cell(ours))
         if has_own:
             own = None if ours is None else _with_own_ratio(ours)["own"]
@@ -150,7 +174,8 @@ def _table(header: list[str], lines: Iterable[list[str]]) -> list[str]:
 def _shown(cases: list[list[dict]]) -> list[list[dict]]:
     if len(cases) <= _MOST_LINES:
         return cases
-    quick = {case.id for case in cases_for(cases[0][0]["machine"]["device"], "quick")}
+    device_type = cases[0][0]["machine"]["device"]
+    quick = {case.id for find in (cases_for, crop_cases_for) for case in find(device_type, "quick")}
     return [case_rows for case_rows in cases if case_rows[0]["case"]["id"] in quick] or cases[:_MOST_LINES]
 
 

@@ -11,6 +11,9 @@ FLOPs are counted, not measured, as flash-attn's papers count them: two matrix p
 A peer that computes more, such as the hidden half of a causal matrix, gets no credit for it. Decode is bound by memory;
 its bytes are K and V read once, the query read and the output written. On a CPU, whose caches are not flushed, a share
 of the ceiling may exceed 1.
+
+crop_resize counts no FLOPs, since peers differ in what they compute, but the fewest bytes that it moves: every pixel
+within any box read once, the result written once. On a CPU arithmetic and not memory is its limit.
 """
 
 from __future__ import annotations
@@ -20,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cases import AttentionCase
     from .ceilings import Ceilings
+    from .crop_cases import CropCase
 
-FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = OPERATIONS = (
+FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
     "forward",
     "backward",
     "decode",
@@ -29,6 +33,9 @@ FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = OPERATIONS = (
     "read-out",
     "masked",
 )
+CROP_RESIZE = "crop_resize"
+OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE)
+BOUND_BY_MEMORY = (DECODE, CROP_RESIZE)
 
 TITLES = {
     FORWARD: "Forward",
@@ -37,6 +44,7 @@ TITLES = {
     PACKED: "Packed sequences of different lengths",
     READ_OUT: "Read-out (attention_map)",
     MASKED: "Forward, the CUDA C++ kernels against a mask tensor",
+    CROP_RESIZE: "Regions cropped, resized and normalised (crop_resize)",
 }
 
 _FORWARDS_OF_WORK = {BACKWARD: 3.5}
@@ -63,20 +71,30 @@ def decode_bytes(case: AttentionCase) -> int:
     return case.batch * (cache + query_and_output) * case.head_dim * case.dtype.itemsize
 
 
-def speed(case: AttentionCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
-    """The fields of a row that follow from its time: TFLOP/s, for decode GB/s, and the share of the machine's ceiling.
+def speed(case: AttentionCase | CropCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    """The fields of a row that follow from its time: TFLOP/s, of what memory binds GB/s, and the share of the machine's
+    ceiling.
 
-    The ceiling is that of a large matrix product, for decode that of a device copy; both are of the same run.
+    The ceiling is that of a large matrix product or of a device copy; both are of the same run.
     """
+    if case.operation == CROP_RESIZE:
+        return _memory_speed(case.num_bytes(), milliseconds, ceilings)
     tflops = flops(case) / milliseconds / 1e9
     fields: dict[str, Any] = {"tflops": _rounded(tflops)}
     if case.operation == DECODE:
-        gb_per_s = decode_bytes(case) / milliseconds / 1e6
-        fields |= {"bytes": decode_bytes(case), "gb_per_s": _rounded(gb_per_s)}
-        fields |= {"ceiling_gb_per_s": _rounded(ceilings.copy_gb_per_s)}
-        return fields | {"share_of_ceiling": _rounded(gb_per_s / ceilings.copy_gb_per_s)}
+        return fields | _memory_speed(decode_bytes(case), milliseconds, ceilings)
     fields["ceiling_tflops"] = _rounded(ceilings.matmul_tflops)
     return fields | {"share_of_ceiling": _rounded(tflops / ceilings.matmul_tflops)}
+
+
+def _memory_speed(num_bytes: int, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
+    gb_per_s = num_bytes / milliseconds / 1e6
+    return {
+        "bytes": num_bytes,
+        "gb_per_s": _rounded(gb_per_s),
+        "ceiling_gb_per_s": _rounded(ceilings.copy_gb_per_s),
+        "share_of_ceiling": _rounded(gb_per_s / ceilings.copy_gb_per_s),
+    }
 
 
 def _rounded(value: float) -> float:

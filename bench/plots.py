@@ -1,4 +1,5 @@
-"""Plots of stored rows: TFLOP/s, for decode GB/s, over the number of keys; a PNG per machine and operation.
+"""Plots of stored rows: TFLOP/s, for what memory binds GB/s, over the number of keys or boxes; a PNG per machine and
+operation.
 
 A facet per kind of case, dtype and head dimension: lines where there are several sizes, bars where there is one. Where
 some kind was swept over three sizes or more, only such sweeps are drawn. What runs without a bias is dashed.
@@ -15,9 +16,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .operations import DECODE, OPERATIONS, TITLES
+from .operations import BOUND_BY_MEMORY, CROP_RESIZE, OPERATIONS, TITLES
 from .results import slug
-from .tables import machine_line
+from .tables import has_speed, machine_line
 
 _COLUMNS = 4
 _SWEEP = 3  # sizes
@@ -50,6 +51,18 @@ _COLORS = {
     "flash-attn unbiased": "#9467bd",
     "FLA unbiased": "#bcbd22",
     "FlashInfer unbiased": "#e377c2",
+    "finegrain_ops pillow": "#d62728",
+    "finegrain_ops interpolate, exact=False": "#ff7f0e",
+    "Pillow + numpy, two threads": "#1f77b4",
+    "Pillow + numpy, one thread": "#aec7e8",
+    "Pillow, two threads, and copy": "#1f77b4",
+    "Pillow, one thread, and copy": "#aec7e8",
+    "transformers CLIPImageProcessorPil": "#9467bd",
+    "transformers CLIPImageProcessorPil and copy": "#9467bd",
+    "transformers CLIPImageProcessor (torchvision)": "#c5b0d5",
+    "F.interpolate uint8": "#2ca02c",
+    "F.interpolate uint8, two threads": "#98df8a",
+    "F.interpolate float32": "#bcbd22",
 }
 _OTHER_COLOR = "#c7c7c7"
 
@@ -59,7 +72,7 @@ def write_plots(rows: list[dict], folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
     for operation in OPERATIONS:
-        measured = [row for row in rows if row["operation"] == operation and row.get("tflops") is not None]
+        measured = [row for row in rows if row["operation"] == operation and has_speed(row)]
         if measured:
             paths[operation] = folder / f"{slug(measured[0]['machine'])}-{operation}.png"
             _figure(measured).savefig(paths[operation], dpi=110, metadata={"Software": None})
@@ -80,7 +93,7 @@ def _figure(rows: list[dict]) -> Figure:
     for axes in all_axes[len(facets) :]:
         axes.set_visible(False)
     for axes in all_axes[: len(facets) : columns]:
-        axes.set_ylabel("GB/s" if operation == DECODE else "TFLOP/s")
+        axes.set_ylabel("GB/s" if operation in BOUND_BY_MEMORY else "TFLOP/s")
     peers = _peers(row for _, facet_rows in facets for row in facet_rows)
     handles = [Line2D([], [], color=_color(peer), linestyle=_style(peer), linewidth=3, label=peer) for peer in peers]
     handles.append(Line2D([], [], color="black", linestyle=":", label=f"{_ceiling_name(operation)} of the same run"))
@@ -89,17 +102,16 @@ def _figure(rows: list[dict]) -> Figure:
 
 
 def _facets(rows: list[dict]) -> list[tuple[str, list[dict]]]:
-    """(title, rows), sorted by kind of case, dtype and head dimension."""
+    """(title, rows), sorted by kind of case, dtype and head dimension, of crops side of the result."""
+    prefix, length = ("to ", "size") if _is_crops(rows[0]) else ("d=", "head_dim")
     facets: dict[tuple, list[dict]] = {}
     for row in rows:
         case = row["case"]
-        kind = re.sub(r"-[nd]\d+", "", case["name"])
-        facets.setdefault((kind, case["dtype"], case["head_dim"]), []).append(row)
+        kind = re.sub(r"-[ndk]\d+", "", case["name"])
+        facets.setdefault((kind, case["dtype"], case[length]), []).append(row)
     sweeps = {key: facet for key, facet in facets.items() if len(_sizes(facet)) >= _SWEEP}
     chosen = sweeps or facets
-    return [
-        (f"{kind}, {dtype}, d={head_dim}", chosen[kind, dtype, head_dim]) for kind, dtype, head_dim in sorted(chosen)
-    ]
+    return [(f"{kind}, {dtype}, {prefix}{last}", chosen[kind, dtype, last]) for kind, dtype, last in sorted(chosen)]
 
 
 def _draw(axes: Axes, rows: list[dict]) -> None:
@@ -122,31 +134,44 @@ def _draw_bars(axes: Axes, rows: list[dict]) -> None:
     peers = _peers(rows)
     axes.bar(range(len(peers)), [_speed(by_peer[peer]) for peer in peers], color=[_color(peer) for peer in peers])
     axes.set_xticks([])
-    axes.set_xlabel(f"N = {rows[0]['case']['num_keys']}", fontsize=8)
+    axes.set_xlabel(f"{_axis(rows)} = {_size(rows[0])}", fontsize=8)
 
 
 def _draw_lines(axes: Axes, rows: list[dict], sizes: list[int]) -> None:
     for peer in reversed(_peers(rows)):  # ours on top
-        points = sorted((row["case"]["num_keys"], _speed(row)) for row in rows if row["peer"] == peer)
+        points = sorted((_size(row), _speed(row)) for row in rows if row["peer"] == peer)
         width = 2.2 if peer.startswith("finegrain_ops") else 1.2
         axes.plot(*zip(*points), color=_color(peer), linestyle=_style(peer), linewidth=width, marker="o", markersize=3)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator(sizes))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticks(sizes, [f"{size // 1024}k" if size % 1024 == 0 else str(size) for size in sizes])
-    axes.set_xlabel("N", fontsize=8)
+    axes.set_xlabel(_axis(rows), fontsize=8)
 
 
 def _speed(row: dict) -> float:
-    return row.get("gb_per_s", row["tflops"])
+    return row["gb_per_s"] if "gb_per_s" in row else row["tflops"]
 
 
 def _ceiling_name(operation: str) -> str:
-    return "copy" if operation == DECODE else "matrix product"
+    return "copy" if operation in BOUND_BY_MEMORY else "matrix product"
+
+
+def _axis(rows: list[dict]) -> str:
+    return "boxes" if _is_crops(rows[0]) else "N"
+
+
+def _size(row: dict) -> int:
+    """Number of boxes or of keys."""
+    return row["case"]["num_boxes" if _is_crops(row) else "num_keys"]
+
+
+def _is_crops(row: dict) -> bool:
+    return row["operation"] == CROP_RESIZE
 
 
 def _sizes(rows: list[dict]) -> list[int]:
-    return sorted({row["case"]["num_keys"] for row in rows})
+    return sorted({_size(row) for row in rows})
 
 
 def _peers(rows: Iterable[dict]) -> list[str]:

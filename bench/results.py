@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .cases import AttentionCase
 from .ceilings import Ceilings
-from .operations import FORWARD, READ_OUT, speed
+from .crop_cases import CropCase
+from .operations import CROP_RESIZE, FORWARD, READ_OUT, speed
 from .peers import SDPA_UNBIASED, Peer, base_peer
 from .sampling import Percentiles, percentiles
+
+Case = AttentionCase | CropCase
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def time_rows(
-    case: AttentionCase,
+    case: Case,
     machine: dict,
     samples: dict[str, list[float]],
     ceilings: Ceilings,
-    peers: list[Peer],
+    peers: Sequence[Peer],
     measured: dict[str, dict],
 ) -> list[dict]:
     """A row per peer in `samples`; `measured` holds further fields of each.
@@ -46,9 +50,9 @@ def time_rows(
     return rows
 
 
-def _work_of(peer: Peer, case: AttentionCase) -> AttentionCase:
+def _work_of(peer: Peer, case: Case) -> Case:
     """What it computes: beside read-outs, which may be of a few rows, a whole forward pass is timed."""
-    if case.operation == READ_OUT and not peer.gives_key_sums:
+    if isinstance(case, AttentionCase) and case.operation == READ_OUT and not peer.gives_key_sums:
         return replace(case, operation=FORWARD, read_rows=None)
     return case
 
@@ -65,11 +69,11 @@ def memory_row(case: AttentionCase, peer: str, machine: dict, peak_bytes: int, g
     return _row("memory", case, peer, machine) | {"peak_bytes": peak_bytes, "growth_exponent": exponent}
 
 
-def not_run_row(kind: str, case: AttentionCase, peer: str, machine: dict, reason: str) -> dict:
+def not_run_row(kind: str, case: Case, peer: str, machine: dict, reason: str) -> dict:
     return _row(kind, case, peer, machine) | {"reason": reason}
 
 
-def _row(kind: str, case: AttentionCase, peer: str, machine: dict) -> dict:
+def _row(kind: str, case: Case, peer: str, machine: dict) -> dict:
     return {
         "kind": kind,
         "operation": case.operation,
@@ -99,16 +103,20 @@ def slug(machine: dict) -> str:
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", machine["name"].lower())).strip("-")
 
 
-def path_for(machine: dict, folder: Path = RESULTS) -> Path:
-    return folder / f"attention-{slug(machine)}.jsonl"
+def operator(row: dict) -> str:
+    return "crop-resize" if row["operation"] == CROP_RESIZE else "attention"
+
+
+def path_for(row: dict, folder: Path = RESULTS) -> Path:
+    return folder / f"{operator(row)}-{slug(row['machine'])}.jsonl"
 
 
 def append(rows: list[dict], folder: Path = RESULTS) -> list[Path]:
-    """Adds the rows to the files of their machines and returns those."""
+    """Adds the rows to the files of their operators and machines and returns those."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for row in rows:
-        path = path_for(row["machine"], folder)
+        path = path_for(row, folder)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if path not in paths:
@@ -124,11 +132,14 @@ def load(folder: Path = RESULTS) -> list[dict]:
 
 
 def newest(rows: list[dict]) -> list[list[dict]]:
-    """Per machine the rows of its newest commit, of each case the newest run: never two commits in one table."""
+    """Per operator and machine the rows of its newest commit, of each case the newest run: never two commits in one
+    table.
+    """
     machines: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=lambda row: row["machine"]["date"]):
         machine = row["machine"]
-        machines.setdefault((machine["name"], machine["device"], machine["threads"]), []).append(row)
+        key = (operator(row), machine["name"], machine["device"], machine["threads"])
+        machines.setdefault(key, []).append(row)
 
     groups = []
     for machine_rows in machines.values():

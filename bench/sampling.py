@@ -24,6 +24,7 @@ import torch
 Stopwatch = Callable[[Callable[[], object]], float]  # runs a call, returns its milliseconds
 
 FEWEST_ROUNDS, MOST_ROUNDS = 15, 300
+FEWEST_LONG_ROUNDS, LONG_MS = 7, 700.0  # a round of that many ms in itself averages over what disturbs it
 WARMUP_ROUNDS = 2
 
 
@@ -82,7 +83,8 @@ class InterleavedSampler:
     def run(self, benchmark: Any, seconds: float, rounds: int | None = None) -> None:
         """Collects `rounds` samples of every call, or as many as fit into `seconds`, within bounds."""
         warm_up = sum(self._stopwatch(call) for call in self._calls.values())
-        rounds = rounds or min(max(int(1e3 * seconds / warm_up), FEWEST_ROUNDS), MOST_ROUNDS)
+        fewest = FEWEST_ROUNDS if warm_up < LONG_MS else FEWEST_LONG_ROUNDS
+        rounds = rounds or min(max(int(1e3 * seconds / warm_up), fewest), MOST_ROUNDS)
         with _no_garbage_collection():
             benchmark.pedantic(
                 lambda: self._sample(self._benchmarked), setup=self._until_benchmarked, rounds=WARMUP_ROUNDS + rounds

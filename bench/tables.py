@@ -22,12 +22,15 @@ def time_tables(rows: list[dict]) -> list[Table]:
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("peer", no_wrap=True)
         headings = ["ms", "ratio", "p20 .. p80", "speed", "share"]
-        has_mask = any(mask_ratio(row) is not None for row in case_rows)
-        for heading in [*headings, *(["to mask"] if has_mask else [])]:
+        headings += ["to mask"] if any(mask_ratio(row) is not None for row in case_rows) else []
+        headings += ["levels off"] if any("levels_off" in row for row in case_rows) else []
+        for heading in headings:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in case_rows:
             to_mask = mask_ratio(row)
-            table.add_row(row["peer"], *_time_cells(row), *([f"{to_mask:.2f}"] if to_mask is not None else []))
+            cells = [f"{to_mask:.2f}"] if to_mask is not None else []
+            cells += [f"{row['levels_off']:g} of {row['levels_allowed']:g}"] if "levels_off" in row else []
+            table.add_row(row["peer"], *_time_cells(row), *cells)
         tables.append(table)
     return tables
 
@@ -93,6 +96,18 @@ def _listed(ids: list[str]) -> str:
 
 
 def shape(case: dict) -> str:
+    return _crop_shape(case) if "num_boxes" in case else _attention_shape(case)
+
+
+def _crop_shape(case: dict) -> str:
+    sizes, sides = case["image_sizes"], case["sides"]
+    images = f"{sizes[0][1]}x{sizes[0][0]}" if len(sizes) == 1 else f"{len(sizes)} images"
+    boxes = f"K={case['num_boxes']} of " + ("nearly all" if sides is None else f"{sides[0]} to {sides[1]} px")
+    planes = ", planes" if case["layout"] == "planes" else ""
+    return f"{boxes} in {images}{planes}, to {case['size']}x{case['size']}"
+
+
+def _attention_shape(case: dict) -> str:
     heads = f"H={case['heads']}" + (f"/{case['kv_heads']}" if case["kv_heads"] != case["heads"] else "")
     keys = f"N={case['num_keys']}" if case["is_causal"] else f"Nq={case['num_queries']} Nk={case['num_keys']}"
     lengths, read_rows = case.get("lengths"), case.get("read_rows")
@@ -103,9 +118,14 @@ def shape(case: dict) -> str:
     return " ".join(parts)
 
 
+def has_speed(row: dict) -> bool:
+    """Not the rows that are older than these fields, nor what did not run."""
+    return "share_of_ceiling" in row
+
+
 def speed(row: dict) -> tuple[str, str]:
-    """TFLOP/s, of decode GB/s, and the share of the ceiling; empty for rows that are older than these fields."""
-    if "tflops" not in row:
+    """TFLOP/s, of what memory binds GB/s, and the share of the ceiling; empty for rows without."""
+    if not has_speed(row):
         return "", ""
     value = f"{row['gb_per_s']:.3g} GB/s" if "gb_per_s" in row else f"{row['tflops']:.3g} TFLOP/s"
     return value, f"{row['share_of_ceiling']:.0%}"

@@ -1,7 +1,8 @@
 """Low-level attention kernels that let multimodal models look closely.
 
 The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
-`finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`. Hugging Face models: `patch`, `preprocess`.
+`finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`, and the tokens that they
+touch: `finegrain_ops.families`. Hugging Face models: `patch`, `preprocess`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
@@ -16,7 +17,7 @@ _ROOT = _Path(__file__).resolve().parent.parent
 if (_ROOT / "kernels" / "attention_forward.py").is_file():
     __path__.append(str(_ROOT))
 
-from . import boxes, regions  # noqa: E402
+from . import boxes, families, regions  # noqa: E402
 from ._version import __version__  # noqa: E402
 from .attention import reweighted_attention, reweighted_attention_varlen  # noqa: E402
 from .crop_resize import crop_resize  # noqa: E402
@@ -34,6 +35,7 @@ __all__ = [
     "attention_map",
     "boxes",
     "crop_resize",
+    "families",
     "patch",
     "preprocess",
     "regions",

@@ -109,6 +109,8 @@ def crop_resize(
     tensors, image_sizes = _check_images(images)
     device, channels = tensors[0].device, tensors[0].shape[-3]
     boxes = _require_device(as_box_tensor(boxes, "boxes"), "boxes", device)
+    if len(boxes) and not image_sizes:
+        raise ValueError(f"images: expected at least one image for the {len(boxes)} boxes, got a batch of none")
     image_index = _check_image_index(image_index, boxes, len(image_sizes))
     boxes = require_boxes(boxes, image_index, image_sizes, "boxes").to(device).contiguous()
     if image_index is not None:
@@ -263,7 +265,7 @@ def _check_pillow(pillow: str | None) -> tuple[int, int]:
     """Major and minor version."""
     if pillow is None:
         return INSTALLED_PILLOW or NEWEST_PILLOW
-    parts = str(pillow).split(".")
+    parts = pillow.split(".") if isinstance(pillow, str) else [""]
     if not all(part.isdecimal() for part in parts[:2]):
         raise ValueError(f'pillow: expected a version such as "12.3", got {describe(pillow)}')
     return int(parts[0]), int(parts[1]) if len(parts) > 1 else 0

@@ -184,6 +184,11 @@ def _shared_memory_as(compute_capability: int) -> int:
     return 80 if compute_capability >= 120 else compute_capability
 
 
+# Of crop_resize, on every GPU: BLOCK_M rows by BLOCK_N columns of the result. Unmeasured: small, so that a large crop
+# is the work of many programs, and of few registers, so that four of these or more share a multiprocessor.
+CROP_TILE = Tile(16, 32, 4, 1)
+
+
 def decode_splits(programs: int, num_keys: int, num_processors: int, block_n: int) -> int:
     """Into how many parts the keys of each head are dealt, so that every processor has two to read at least.
 

@@ -76,6 +76,7 @@ class CropCase:
 
 _MEAN, _STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 _TALL = (((0, 0, 40, 200), (3, 1, 43, 190)), ((201, 44),))
+_SLIVER = ((7, 10, 10, 311), (7, 10, 10, 310), (0, 0, 3, 20))  # 301 by 3 pixels, 300 by 3, and a short one
 _PADDED = {"pad": "square"}
 CASES = {
     "integer boxes": CropCase(),
@@ -87,10 +88,11 @@ CASES = {
     "shrunk much": CropCase(((0, 0, 90, 70), (0, 0, 5, 70)), size=(3, 2)),
     "to one pixel": CropCase(size=(1, 1)),
     "tall": CropCase(*_TALL, size=(30, 36)),
-    "tall, before Pillow 13": CropCase(*_TALL, size=(30, 36), options={"pillow": 12}),
-    "tall, Pillow 13": CropCase(*_TALL, size=(30, 36), options={"pillow": 13}),
+    "tall, before Pillow 12.2": CropCase(*_TALL, size=(30, 36), options={"pillow": "12.1"}),
+    "tall, Pillow 13": CropCase(*_TALL, size=(30, 36), options={"pillow": "13.0"}),
+    "sliver, Pillow 12.2": CropCase(_SLIVER, ((320, 44),), size=(30, 36), options={"pillow": "12.2"}),
     "tall, padded": CropCase(*_TALL, size=(30, 36), options={**_PADDED, "fill": (9, 80, 250)}),
-    "several sizes": CropCase(_ANYWHERE, ((70, 90), (1, 1), (33, 200), (80, 95)), options={"pillow": 13}),
+    "several sizes": CropCase(_ANYWHERE, ((70, 90), (1, 1), (33, 200), (80, 95)), options={"pillow": "13.0"}),
     "one box per image": CropCase(_INTEGER[:3], batch=3, has_index=False),
     "one image": CropCase(has_index=False),
     "batch": CropCase(_FRACTIONAL, batch=2),

@@ -175,6 +175,8 @@ BOX = [(0, 0, 9, 9)]
         ({"mean": "0.5"}, TypeError, "mean"),
         ({"std": (1, 0, 1)}, ValueError, "std: expected numbers > 0"),
         ({"dtype": torch.uint8}, TypeError, "dtype: expected float32, float16 or bfloat16"),
+        ({"images": torch.zeros(0, 3, 40, 50)}, ValueError, "images: expected at least one image for the 1 boxes"),
+        ({"pillow": 12.3}, ValueError, "pillow: expected a version such as"),
         ({"pillow": "new"}, ValueError, "pillow: expected a version such as"),
         ({"backend": "sdpa"}, ValueError, "backend: expected one of 'auto', 'triton', 'cuda', 'interpolate', 'pillow'"),
     ],
@@ -330,7 +332,7 @@ def test_autocast_changes_nothing() -> None:
 
 def features(**changes: object) -> CropFeatures:
     values = {"device_type": "cpu", "device_index": None, "dtype": torch.uint8, "antialias": True}
-    values |= {"vertical_first": 2, "exact": True, "has_integer_boxes": True, **changes}
+    values |= {"pass_order": 2, "exact": True, "has_integer_boxes": True, **changes}
     return CropFeatures(**values)
 
 
@@ -339,7 +341,7 @@ def test_which_backend_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     backends.select.cache_clear()
     assert backends.select("auto", features()) == "pillow"
     assert backends.select("auto", features(antialias=False)) == "reference"
-    assert backends.select("auto", features(vertical_first=0)) == "reference"
+    assert backends.select("auto", features(pass_order=0)) == "reference"
     assert backends.select("auto", features(exact=False)) == "interpolate"
     assert backends.select("auto", features(exact=False, has_integer_boxes=False)) == "pillow"
     assert backends.select("auto", features(exact=False, antialias=False)) == "interpolate"

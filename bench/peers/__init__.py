@@ -6,15 +6,16 @@ nothing. A peer that cannot run says why, and the reason is stored.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Sequence
 
+from ..crop_inputs import CropInputs
 from ..inputs import CaseInputs, PackedInputs
-from ..operations import BACKWARD, DECODE, FORWARD, MASKED, PACKED, READ_OUT
-from . import eager, finegrain, flex, sdpa, third_party
+from ..operations import BACKWARD, CROP_RESIZE, DECODE, FORWARD, MASKED, PACKED, READ_OUT
+from . import crop_finegrain, crop_interpolate, crop_pillow, eager, finegrain, flex, sdpa, third_party
 from .eager import EAGER
 from .finegrain import ours, ours_unbiased
 from .flex import FLEX_ATTENTION
-from .interface import NEEDS_CUDA, Call, Gradients, Peer, PeerUnavailable
+from .interface import NEEDS_CUDA, Call, CropPeer, Gradients, Peer, PeerUnavailable
 from .sdpa import SDPA_EFFICIENT_MASK, SDPA_UNBIASED
 from .third_party import FLASH_ATTN
 
@@ -25,10 +26,12 @@ __all__ = [
     "SDPA_EFFICIENT_MASK",
     "SDPA_UNBIASED",
     "Call",
+    "CropPeer",
     "Gradients",
     "Peer",
     "PeerUnavailable",
     "base_peer",
+    "crop_peers_for",
     "ours",
     "ours_unbiased",
     "peers_for",
@@ -45,11 +48,14 @@ _BASES = {
         finegrain.one_forward(backend, device) for backend in ("triton", "cuda", "sdpa") for device in ("cuda", "cpu")
     ),
     MASKED: (SDPA_EFFICIENT_MASK,),
+    CROP_RESIZE: (crop_pillow.pillow(crop_pillow.TWO_THREADS), crop_interpolate.FLOAT),
 }
 
 
 def peers_for(operation: str, device_type: str) -> list[Peer]:
     """All peers; those of finegrain_ops come first, in the order in which backend="auto" prefers them."""
+    if operation == CROP_RESIZE:
+        return [*crop_peers_for(device_type)]
     if operation == PACKED:
         return [
             *finegrain.packed_peers(device_type),
@@ -72,7 +78,18 @@ def peers_for(operation: str, device_type: str) -> list[Peer]:
     ]
 
 
-def start_all(peers: list[Peer], inputs: CaseInputs | PackedInputs) -> tuple[dict[str, Call], dict[str, str]]:
+def crop_peers_for(device_type: str) -> list[CropPeer]:
+    """The same for `crop_resize`."""
+    return [
+        *crop_finegrain.crop_peers(device_type),
+        *crop_pillow.crop_peers(device_type),
+        *crop_interpolate.crop_peers(device_type),
+    ]
+
+
+def start_all(
+    peers: Sequence[Peer], inputs: CaseInputs | PackedInputs | CropInputs
+) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls that can run, ours first, and for the others the reason why not."""
     calls, reasons = {}, {}
     for peer in peers:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -11,11 +13,12 @@ from torch import Tensor
 
 import finegrain_ops
 
+from ..crop_inputs import CropInputs
 from ..inputs import CaseInputs, PackedInputs
 from ..operations import BACKWARD
 
 Call = Callable[[], Any]
-Prepare = Callable[[Any], Call]  # from CaseInputs or, for PACKED, PackedInputs
+Prepare = Callable[[Any], Call]  # from CaseInputs; for PACKED from PackedInputs, for CROP_RESIZE from CropInputs
 
 NEEDS_CUDA = "it runs on CUDA devices only"
 
@@ -47,14 +50,14 @@ class Peer:
     needs_cuda: bool = False
     gives_key_sums: bool = False
 
-    def start(self, inputs: CaseInputs | PackedInputs) -> Call:
+    def start(self, inputs: CaseInputs | PackedInputs | CropInputs) -> Call:
         """The call that is timed, having run once; for BACKWARD forward and backward, and it gives Gradients.
 
         Raises:
             PeerUnavailable: it cannot run. An unexpected error of another project's code is a reason like any other,
                 one of ours is raised as it is.
         """
-        if self.needs_cuda and inputs.query.device.type != "cuda":
+        if self.needs_cuda and inputs.device.type != "cuda":
             raise PeerUnavailable(NEEDS_CUDA)
         try:
             call = self.prepare(inputs)
@@ -70,6 +73,23 @@ class Peer:
                 raise
             raise PeerUnavailable(_first_words(error)) from error
         return call
+
+
+@dataclass(frozen=True)
+class CropPeer(Peer):
+    """Its call gives (K, 3, size, size), normalised, in the case's dtype on the case's device.
+
+    levels: of 0..255, how many its pixels may be off Pillow's.
+    """
+
+    levels: float = 0.0
+
+
+def installed(module: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise PeerUnavailable(f"{module} cannot be imported: {error}") from error
 
 
 def _first_words(error: Exception) -> str:

@@ -5,14 +5,11 @@ Each gets its own layout, (B, N, H, D), as views, or, where it would copy those,
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
-
 import torch
 
 from ..inputs import CaseInputs, PackedInputs
 from ..operations import BACKWARD, DECODE
-from .interface import Call, Peer, PeerUnavailable, Prepare
+from .interface import Call, Peer, PeerUnavailable, Prepare, installed
 
 FLASH_ATTN = "flash-attn unbiased"
 FLA = "FLA unbiased"
@@ -41,28 +38,21 @@ def _unbiased(name: str, prepare: Prepare) -> Peer:
     return Peer(name, prepare, is_biased=False, needs_cuda=True)
 
 
-def _installed(module: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise PeerUnavailable(f"{module} cannot be imported: {error}") from error
-
-
 def _flash_attn(inputs: CaseInputs) -> Call:
-    flash_attn_func = _installed("flash_attn").flash_attn_func
+    flash_attn_func = installed("flash_attn").flash_attn_func
     query, key, value = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
     is_causal = inputs.case.is_causal
     return lambda: flash_attn_func(query, key, value, causal=is_causal).transpose(1, 2)
 
 
 def _flash_attn_decode(inputs: CaseInputs) -> Call:
-    flash_attn_with_kvcache = _installed("flash_attn").flash_attn_with_kvcache
+    flash_attn_with_kvcache = installed("flash_attn").flash_attn_with_kvcache
     query, key, value = (t.transpose(1, 2).contiguous() for t in (inputs.query, inputs.key, inputs.value))
     return lambda: flash_attn_with_kvcache(query, key, value).transpose(1, 2)
 
 
 def _flash_attn_packed(inputs: PackedInputs) -> Call:
-    flash_attn_varlen_func = _installed("flash_attn").flash_attn_varlen_func
+    flash_attn_varlen_func = installed("flash_attn").flash_attn_varlen_func
     case, starts = inputs.case, inputs.cu_seqlens
     arguments = (inputs.query, inputs.key, inputs.value, starts, starts, case.longest, case.longest)
     return lambda: flash_attn_varlen_func(*arguments, causal=case.is_causal)
@@ -72,7 +62,7 @@ def _fla(inputs: CaseInputs) -> Call:
     """For BACKWARD it copies into its layout in every call, since the gradients are wanted in ours."""
     if not inputs.case.is_causal:
         raise PeerUnavailable("parallel_attn is always causal")
-    parallel_attn = _installed("fla.ops.attn").parallel_attn
+    parallel_attn = installed("fla.ops.attn").parallel_attn
     query, key, value = (t.transpose(1, 2) for t in (inputs.query, inputs.key, inputs.value))
     if inputs.case.operation != BACKWARD:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -80,21 +70,21 @@ def _fla(inputs: CaseInputs) -> Call:
 
 
 def _fla_packed(inputs: PackedInputs) -> Call:
-    parallel_attn = _installed("fla.ops.attn").parallel_attn
+    parallel_attn = installed("fla.ops.attn").parallel_attn
     query, key, value = (t[None] for t in (inputs.query, inputs.key, inputs.value))
     starts = inputs.cu_seqlens.long()
     return lambda: parallel_attn(query, key, value, cu_seqlens=starts)[0]
 
 
 def _flashinfer(inputs: CaseInputs) -> Call:
-    single_prefill = _installed("flashinfer").single_prefill_with_kv_cache
+    single_prefill = installed("flashinfer").single_prefill_with_kv_cache
     query, key, value = _without_batch(inputs)
     is_causal = inputs.case.is_causal
     return lambda: single_prefill(query, key, value, causal=is_causal).transpose(0, 1)[None]
 
 
 def _flashinfer_decode(inputs: CaseInputs) -> Call:
-    single_decode = _installed("flashinfer").single_decode_with_kv_cache
+    single_decode = installed("flashinfer").single_decode_with_kv_cache
     query, key, value = _without_batch(inputs)
     query = query[0]  # (H, D)
     return lambda: single_decode(query, key, value)[None, :, None]
@@ -110,7 +100,7 @@ def _without_batch(inputs: CaseInputs) -> tuple[torch.Tensor, ...]:
 def _flashinfer_packed(inputs: PackedInputs) -> Call:
     case, starts = inputs.case, inputs.cu_seqlens
     workspace = torch.empty(128 << 20, dtype=torch.uint8, device=starts.device)
-    wrapper = _installed("flashinfer").BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
+    wrapper = installed("flashinfer").BatchPrefillWithRaggedKVCacheWrapper(workspace, "NHD")
     wrapper.plan(
         starts,
         starts,

@@ -71,18 +71,24 @@ def unavailable_reasons() -> list[str]:
     return []
 
 
-def not_supported_reasons(features: AttentionFeatures) -> list[str]:
+def device_reasons(device_type: str, device_index: int | None, *, subject: str = "query is") -> list[str]:
+    """Why no Triton kernel can run on this device, on which `subject`."""
     reasons = []
-    if features.device_type == "cpu" and not _interpreted():
-        reasons.append("query is on cpu; move it to a CUDA device, or set TRITON_INTERPRET=1 for Triton's interpreter")
-    elif features.device_type not in ("cpu", "cuda"):
-        reasons.append(f"query is on {features.device_type}; Triton runs on CUDA devices")
+    if device_type == "cpu" and not _interpreted():
+        reasons.append(f"{subject} on cpu; use a CUDA device, or set TRITON_INTERPRET=1 for Triton's interpreter")
+    elif device_type not in ("cpu", "cuda"):
+        reasons.append(f"{subject} on {device_type}; Triton runs on CUDA devices")
+    if device_type == "cuda" and _compute_capability(device_index) < 80:
+        reasons.append("the GPU's compute capability is below 8.0, where Triton uses no tensor cores")
+    return reasons
+
+
+def not_supported_reasons(features: AttentionFeatures) -> list[str]:
+    reasons = device_reasons(features.device_type, features.device_index)
     if features.dtype == torch.float64:
         reasons.append("float64 is not supported; use float32, bfloat16 or float16")
     if features.device_type == "cpu" and features.dtype == torch.bfloat16:
         reasons.append("Triton's interpreter computes wrong bfloat16 products; use float16 or float32 there")
-    if features.device_type == "cuda" and _compute_capability(features.device_index) < 80:
-        reasons.append("the GPU's compute capability is below 8.0, where Triton uses no tensor cores")
     for name, dim in (("query's head dimension", features.head_dim), ("value's head dimension", features.value_dim)):
         if dim > LARGEST_HEAD_DIM:
             reasons.append(f"{name} is {dim}; at most {LARGEST_HEAD_DIM} is supported")
@@ -110,7 +116,7 @@ def _inputs(call: AttentionCall | PackedCall | MapCall) -> AttentionInputs:
     )
 
 
-def _on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device."""
     return contextlib.nullcontext() if tensor.device.type == "cpu" else torch.cuda.device(tensor.device)
 
@@ -125,7 +131,7 @@ def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
 
     output, lse = call.new_results()
     inputs, value = _inputs(call), addressable(call.value)
-    with _on_device_of(call.query):
+    with on_device_of(call.query):
         if attention_decode.suits(inputs):
             attention_decode.attention_decode(inputs, value, output, lse, _num_processors(call.query.device))
         else:
@@ -138,7 +144,7 @@ def packed_forward(call: PackedCall) -> tuple[Tensor, Tensor | None]:
     from ..kernels.attention_forward import attention_forward
 
     output, lse = call.new_results()
-    with _on_device_of(call.query):
+    with on_device_of(call.query):
         attention_forward(_inputs(call), addressable(call.value), output, lse)
     return output, lse
 
@@ -177,7 +183,7 @@ def _backward(
     from ..kernels.attention_backward import attention_backward
 
     gradients = call.new_gradients()
-    with _on_device_of(call.query):
+    with on_device_of(call.query):
         grad_bias = attention_backward(
             _inputs(call),
             addressable(call.value),
@@ -194,7 +200,7 @@ def _backward(
 def map_forward(call: MapCall) -> tuple[Tensor, Tensor]:
     from ..kernels.attention_map import attention_map
 
-    with _on_device_of(call.query):
+    with on_device_of(call.query):
         return attention_map(_inputs(call), call.rows, call.heads, None if call.lse is None else call.lse.contiguous())
 
 
@@ -202,7 +208,7 @@ def map_backward(call: MapCall, lse: Tensor, grad_map: Tensor, bias_needs_grad: 
     from ..kernels.attention_map import attention_map_backward
 
     gradients = new_output_like(call.query), new_output_like(call.key)
-    with _on_device_of(call.query):
+    with on_device_of(call.query):
         grad_bias = attention_map_backward(
             _inputs(call), call.rows, call.heads, lse.contiguous(), grad_map, *gradients, bias_needs_grad
         )

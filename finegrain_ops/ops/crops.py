@@ -12,8 +12,8 @@ from .library import LIBRARY
 # images holds one (B, C, H, W), or any number of (C, H_i, W_i). shortest_edge 0: none.
 LIBRARY.define(
     "crop_resize(Tensor[] images, Tensor boxes, Tensor? image_index, SymInt[2] size, str interpolation, "
-    "bool antialias, bool is_padded, int shortest_edge, float[] fill, float[] multiplier, float[] offset, ScalarType dtype, "
-    "int vertical_first, bool exact, str backend) -> Tensor",
+    "bool antialias, bool is_padded, int shortest_edge, float[] fill, float[] multiplier, float[] offset, "
+    "ScalarType dtype, int pass_order, bool exact, str backend) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -34,7 +34,7 @@ def _fake(
     multiplier: list[float],
     offset: list[float],
     dtype: torch.dtype,
-    vertical_first: int,
+    pass_order: int,
     exact: bool,
     backend: str,
 ) -> Tensor:
@@ -54,7 +54,7 @@ def _crop_resize(
     multiplier: list[float],
     offset: list[float],
     dtype: torch.dtype,
-    vertical_first: int,
+    pass_order: int,
     exact: bool,
     backend: str,
 ) -> Tensor:
@@ -71,7 +71,7 @@ def _crop_resize(
         tuple(multiplier),
         tuple(offset),
         dtype,
-        vertical_first,
+        pass_order,
     )
     chosen = backends.load_crop(backends.select(backend, call.features(exact)))
     if boxes.shape[0] == 0:

@@ -9,6 +9,7 @@ from bench.cases import HEAD_DIMS, SIZES, AttentionCase, cache, cases_for, causa
 from bench.ceilings import Ceilings, MeasuredCeilings, copy_gb_per_s, matmul_tflops
 from bench.inputs import PackedInputs, make_inputs, packed_region_mask, region_mask
 from bench.operations import (
+    ATTENTION_OPERATIONS,
     BACKWARD,
     DECODE,
     FORWARD,
@@ -26,7 +27,7 @@ from bench.peers import NEEDS_CUDA, SDPA_EFFICIENT_MASK, SDPA_UNBIASED, ours, ou
 CPU = torch.device("cpu")
 
 
-SWEPT = [operation for operation in OPERATIONS if operation != MASKED]  # the sweep of FORWARD has its peers
+SWEPT = [operation for operation in ATTENTION_OPERATIONS if operation != MASKED]  # the sweep of FORWARD has its peers
 
 
 @pytest.mark.parametrize("operation", SWEPT)
@@ -43,7 +44,7 @@ def test_cuda_covers_every_promised_size_head_dimension_dtype_and_kind_of_heads(
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_quick_set_has_every_operation_and_comes_first_in_the_full_one(device_type: str) -> None:
     quick, full = cases_for(device_type, "quick"), cases_for(device_type, "full")
-    operations = OPERATIONS if device_type == "cuda" else tuple(SWEPT)
+    operations = ATTENTION_OPERATIONS if device_type == "cuda" else tuple(SWEPT)
     assert {case.operation for case in quick} == set(operations)
     assert [case.id for case in full[: len(quick)]] == [case.id for case in quick]
     assert len({case.id for case in full}) == len(full)
@@ -73,7 +74,7 @@ def test_masked_is_a_forward_pass(is_causal: bool) -> None:
     assert not inputs.query.requires_grad
 
 
-@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation != READ_OUT])
+@pytest.mark.parametrize("operation", [operation for operation in ATTENTION_OPERATIONS if operation != READ_OUT])
 def test_on_a_cpu_the_cuda_kernels_and_their_rival_say_why_they_are_absent(operation: str) -> None:
     wanted = [ours("cuda"), ours_unbiased("cuda"), *([SDPA_EFFICIENT_MASK] if operation != PACKED else [])]
     peers = [peer for peer in peers_for(operation, "cpu") if peer.name in wanted]

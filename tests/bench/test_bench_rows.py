@@ -15,7 +15,7 @@ from bench import report
 from bench.cases import SIZES, AttentionCase, cache, causal, llava_read_out, masked, packed
 from bench.ceilings import Ceilings
 from bench.markdown import BEGIN, END, markdown, replace_between_markers
-from bench.operations import BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
+from bench.operations import ATTENTION_OPERATIONS, BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
 from bench.peers import SDPA_EFFICIENT_MASK, base_peer, ours, ours_unbiased, peers_for
 from bench.results import RESULTS, RowStore, load, newest, not_run_row, time_rows
 from bench.tables import as_text
@@ -223,7 +223,7 @@ def test_the_report_writes_plots_and_shows_them_in_the_readme(tmp_path: Path) ->
     readme.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
     plots = tmp_path / "docs" / "benchmarks"
     report.main(["--results", str(tmp_path / "results"), "--readme", str(readme), "--plots", str(plots)])
-    names = {f"nvidia-pretended-9000-{operation}.png" for operation in OPERATIONS}
+    names = {f"nvidia-pretended-9000-{operation}.png" for operation in ATTENTION_OPERATIONS}
     assert {path.name for path in plots.iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots.iterdir())
     text = readme.read_text()
@@ -236,7 +236,7 @@ def test_a_single_size_is_plotted_too(tmp_path: Path) -> None:
     from bench.plots import write_plots
 
     paths = write_plots(pretended_rows((1024,)), tmp_path)
-    assert set(paths) == set(OPERATIONS)
+    assert set(paths) == set(ATTENTION_OPERATIONS)
 
 
 def test_a_spent_budget_starts_no_case_and_names_those_left_out(tmp_path: Path) -> None:
@@ -244,7 +244,8 @@ def test_a_spent_budget_starts_no_case_and_names_those_left_out(tmp_path: Path) 
     command += ["--bench-budget", "0", "--save-results", "--results-folder", str(tmp_path), "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "6 skipped" in done.stdout
+    assert "7 skipped" in done.stdout
     assert "left out: --bench-budget 0 was used up" in done.stdout
     assert "decode-llava-decode-n640-float32" in done.stdout
+    assert "crop_resize-mixed-k16-float32" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -219,14 +219,14 @@ def test_small_calls_launch_every_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -
             launched.append((variant, bool(getattr(arguments, "aligned", True))))
 
     monkeypatch.setattr(machine, "unavailable_reasons", lambda: [])
-    monkeypatch.setattr(machine, "device_reasons", lambda device_type, index: [])
+    monkeypatch.setattr(machine, "device_reasons", lambda *arguments, **options: [])
     monkeypatch.setattr(machine, "launcher", lambda device: Watched())
     backends.select.cache_clear()
     try:
         gpu_kernels.main("cpu", "cuda")
     finally:
         backends.select.cache_clear()
-    for element in ("half_t", "float"):
+    for element in ("half_t", "float", "byte_t"):
         called = {(variant.kernel, variant.options) for variant, _ in launched if variant.element == element}
         every = [variant for variant in all_variants([90]) if variant.element == element]
         assert called == {(variant.kernel, variant.options) for variant in every}

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton exists for Linux only")
 
 from bench import aot, aot_table
 from bench.aot_configurations import Configuration
+from bench.aot_crops import CropConfiguration
 from bench.aot_table import Entry, Finding, Table, broken_limit, broken_rules, differences, left_over
 
 AMPERE = Configuration("forward", 80, "bf16", 128, "bias")
@@ -40,6 +41,20 @@ def test_rules(change: dict, word: str) -> None:
 def test_rules_depend_on_type_and_architecture() -> None:
     assert broken_rules(HOPPER, replace(GOOD, shared_bytes=227 * 1024)) == []
     assert broken_rules(replace(AMPERE, dtype="fp32"), replace(GOOD, loops=("FFMA 900",))) == []
+
+
+def test_rules_of_crops() -> None:
+    """Levels take tensor cores, floating images none; the weights are no matrix product, and may not spill either."""
+    without_tensor_cores = replace(GOOD, loops=("FFMA 900",))
+    assert broken_rules(CropConfiguration("crop_resize", 80, "fp32", "batch"), without_tensor_cores) == []
+    (finding,) = broken_rules(CropConfiguration("crop_resize", 80, "u8", "batch"), without_tensor_cores)
+    assert "no tensor-core instruction" in finding.what
+    (finding,) = broken_rules(CropConfiguration("crop_resize", 80, "u8", "batch"), replace(GOOD, loops=()))
+    assert "no loop" in finding.what
+    weights = CropConfiguration("crop_weights", 80, "u8", "list")
+    assert broken_rules(weights, replace(GOOD, loops=())) == []
+    (finding,) = broken_rules(weights, replace(GOOD, loops=(), stack_bytes=8))
+    assert "spills" in finding.what
 
 
 def test_limits() -> None:
@@ -119,6 +134,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict:
     compiled = {"entry": GOOD}
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("bench.aot_configurations.configurations", lambda every=False: [AMPERE])
+    monkeypatch.setattr("bench.aot_crops.crop_configurations", lambda every=False: [])
     monkeypatch.setattr(aot_table, "limited_configurations", list)
     monkeypatch.setattr(aot, "compile_all", lambda chosen, _: (dict.fromkeys(chosen, compiled["entry"]), []))
     monkeypatch.setattr(aot_table, "PATH", tmp_path / "table.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import pytest
 
@@ -11,9 +12,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's process compiles nothing", allow_module_level=True)
 
 from bench.aot_configurations import Configuration, configurations
+from bench.aot_crops import CropConfiguration, crop_configurations
 from bench.aot_launches import Call, record, run_forward
 from bench.aot_table import Entry, broken_limit, broken_rules, limited_configurations
-from bench.machine_code import Loop, read_sass
+from bench.machine_code import Loop, compiled_kernel, read_sass
 from finegrain_ops.kernels.tuning import Tile
 
 
@@ -111,3 +113,31 @@ def test_every_configuration_is_launched_as_it_says() -> None:
         assert constants["FOLDED"] == ("scale" not in configuration.features)
         assert constants.get("PACKED", False) == ("packed" in configuration.features)
         assert constants["STRIDE_UNIT"] == 8
+
+
+def test_every_crop_configuration_is_launched_as_it_says() -> None:
+    """Nothing is compiled here."""
+    chosen = crop_configurations()
+    assert len({str(c) for c in chosen}) == len(chosen)
+    for configuration in chosen:
+        constants = configuration.launch().arguments
+        assert constants["HAS_TABLE"] == ("list" in configuration.features)
+        assert constants.get("CHANNELS", 3) == (1 if "grey" in configuration.features else 3)
+        assert constants["IS_ROUNDED"] == (configuration.dtype == "u8")
+
+
+def test_weights_of_crops_round_each_operation() -> None:
+    """A fused multiply-add would round once where a CPU, and so Pillow, rounds twice."""
+    launch = CropConfiguration("crop_weights", 80, "u8", "list").launch()
+    ptx = compiled_kernel(**launch.how_to_compile(80)).asm["ptx"]
+    in_float64 = re.findall(r"\b(?:fma|mul|add|sub|div)\.[a-z0-9.]*f64", ptx)
+    assert {instruction.split(".")[0] for instruction in in_float64} == {"mul", "add", "sub", "div"}
+    assert all(".rn." in instruction for instruction in in_float64)
+
+
+@pytest.mark.parametrize("compute_capability", [80, 90])
+def test_products_of_crops_are_exact(compute_capability: int) -> None:
+    """Levels go through float16 as integers; floating images must not go through tf32, which keeps 11 bits."""
+    for dtype, instruction in (("u8", "HMMA"), ("fp32", "FFMA")):
+        _, code = CropConfiguration("crop_resize", compute_capability, dtype, "batch").compile()
+        assert [loop.opcode for loop in code.loops] == [instruction] * 2

@@ -55,7 +55,7 @@ class CropCall:
     size (height, width) of the result. shortest_edge: the crop is resized so that its shorter side has this length,
     and size is cut from its centre. is_padded: the crop is letterboxed to a square with `fill` first. fill, multiplier
     and offset have C entries; the result is level * multiplier + offset in float32, rounded to dtype.
-    vertical_first: a PassOrder.
+    pass_order: a PassOrder.
     """
 
     images: Tensor | list[Tensor]
@@ -70,7 +70,7 @@ class CropCall:
     multiplier: tuple[float, ...]
     offset: tuple[float, ...]
     dtype: torch.dtype
-    vertical_first: int
+    pass_order: int
 
     @property
     def num_images(self) -> int:
@@ -120,7 +120,7 @@ class CropCall:
             device_index=self.boxes.device.index,
             dtype=self.image_dtype,
             antialias=self.antialias,
-            vertical_first=self.vertical_first,
+            pass_order=self.pass_order,
             exact=exact,
             has_integer_boxes=exact or self._has_integer_boxes(),
         )
@@ -136,7 +136,7 @@ class CropFeatures(NamedTuple):
     device_index: int | None
     dtype: torch.dtype  # of the images
     antialias: bool
-    vertical_first: int
+    pass_order: int
     exact: bool  # Pillow's levels are wanted, not values near them
     has_integer_boxes: bool  # only looked at where not exact, and on a CPU
     operator: str = "crop_resize"

@@ -4,9 +4,7 @@ Pillow resizes without the interpreter's lock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ def not_supported_reasons(features: CropFeatures) -> list[str]:
         reasons.append(f"images are on {features.device_type}; Pillow runs on the CPU")
     if not features.antialias:
         reasons.append("Pillow always antialiases; pass antialias=True")
-    if INSTALLED_PILLOW is not None and PassOrder.of_pillow(INSTALLED_PILLOW) != features.vertical_first:
+    if INSTALLED_PILLOW is not None and PassOrder.of_pillow(INSTALLED_PILLOW) != features.pass_order:
         installed = ".".join(map(str, INSTALLED_PILLOW))
         reasons.append(f"Pillow {installed} is installed, whose passes come in another order than the one's asked for")
     return reasons
@@ -45,17 +43,17 @@ def crop_resize(call: CropCall) -> Tensor:
     sampling = sample(call)
     result = torch.empty((call.boxes.shape[0], call.channels, *call.size))
     multiplier, offset = resized.multiplier_and_offset(call)
-    boxes = sampling.exists.nonzero().flatten().tolist()
+    # The largest first, so that no thread is left with one at the end.
+    sizes = (sampling.y.hull_length * sampling.x.hull_length).where(sampling.exists, 0)
+    boxes = sizes.argsort(descending=True)[: int(sampling.exists.sum())].tolist()
     if len(boxes) < len(result):
         result[~sampling.exists] = torch.tensor(call.fill)[:, None, None] * multiplier + offset
-    sources = _Sources(call, sampling)
 
     def run(box: int) -> None:
-        for channel, plane in enumerate(_levels(call, sampling, box, sources)):
-            # While the plane is in the cache; and numpy, unlike torch, starts no threads of its own here.
-            normalized = result[box, channel].numpy()
-            np.multiply(plane, np.float32(call.multiplier[channel]), out=normalized)
-            normalized += np.float32(call.offset[channel])
+        # numpy, unlike torch, starts no threads of its own here.
+        normalized = result[box].numpy()
+        np.multiply(_levels(call, sampling, box), multiplier.numpy(), out=normalized)
+        normalized += offset.numpy()
 
     num_threads = min(torch.get_num_threads(), len(boxes))
     if num_threads > 1:
@@ -67,60 +65,28 @@ def crop_resize(call: CropCall) -> Tensor:
     return result.to(call.dtype)
 
 
-class _Sources:
-    """Pillow's images of the call's: of a whole image where that has fewer pixels than its boxes together, otherwise
-    of each crop on its own.
-    """
-
-    def __init__(self, call: CropCall, sampling: Sampling) -> None:
-        self.call, self.sampling = call, sampling
-        self.whole = {
-            index: _open(call.images[index])
-            for index, count in resized.pixels_of_boxes(sampling).items()
-            if count >= call.images[index][0].numel()
-        }
-
-    def hull(self, box: int) -> list[Image.Image]:
-        """The crop, letterboxed if it is to be: one image in RGB, or one for each channel."""
-        index, y, x = int(self.sampling.index[box]), self.sampling.y, self.sampling.x
-        left, top, right, bottom = (
-            int(edge[box]) for edge in (x.pixels_begin, y.pixels_begin, x.pixels_end, y.pixels_end)
-        )
-        if index in self.whole:
-            images = [image.crop((left, top, right, bottom)) for image in self.whole[index]]
-        else:
-            images = _open(self.call.images[index][:, top:bottom, left:right])
-        if not self.call.is_padded:
-            return images
-        size = (int(x.hull_length[box]), int(y.hull_length[box]))
-        fill: list[Any] = [int(level) for level in self.call.fill] if self.call.is_rounded else list(self.call.fill)
-        canvases = []
-        for image, color in zip(images, fill if len(images) == len(fill) else [tuple(fill)]):
-            canvas = Image.new(image.mode, size, color)
-            canvas.paste(image, (left - int(x.hull_begin[box]), top - int(y.hull_begin[box])))
-            canvases.append(canvas)
-        return canvases
+def _levels(call: CropCall, sampling: Sampling, box: int) -> np.ndarray:
+    """(C, height, width), before rescaling and normalising."""
+    if resized.is_excessive(sampling, box):
+        return dense.levels(call, sampling, box).numpy()
+    y, x = sampling.y, sampling.x
+    size = (int(x.resized[box]), int(y.resized[box]))
+    interval = (float(x.start[box]), float(y.start[box]), float(x.end[box]), float(y.end[box]))
+    images = _open(dense.crop(call, sampling, box))
+    arrays = [np.asarray(image.resize(size, _FILTERS[call.interpolation], box=interval)) for image in images]
+    levels = arrays[0].transpose(2, 0, 1) if arrays[0].ndim == 3 else np.stack(arrays)
+    return resized.cut(levels, sampling, box, call)
 
 
 def _open(pixels: Tensor) -> list[Image.Image]:
     """(C, H, W) as one image in mode "RGB", or as one in "L" or "F" for each channel."""
     if pixels.dtype != torch.uint8:
-        pixels = pixels.float()
-    elif pixels.shape[0] == 3 and pixels.stride(0) == 1:
-        return [Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))]
-    planes = [Image.fromarray(np.ascontiguousarray(plane.numpy())) for plane in pixels]
-    return [Image.merge("RGB", planes)] if pixels.dtype == torch.uint8 and len(planes) == 3 else planes
-
-
-def _levels(call: CropCall, sampling: Sampling, box: int, sources: _Sources) -> Sequence[np.ndarray]:
-    """(C, height, width), before rescaling and normalising."""
-    if resized.is_excessive(sampling, box):
-        return list(dense.levels(call, sampling, box).numpy())
-    y, x = sampling.y, sampling.x
-    size = (int(x.resized[box]), int(y.resized[box]))
-    interval = (float(x.start[box]), float(y.start[box]), float(x.end[box]), float(y.end[box]))
-    planes: list[np.ndarray] = []
-    for image in sources.hull(box):
-        levels = np.asarray(image.resize(size, _FILTERS[call.interpolation], box=interval))
-        planes.extend([levels] if levels.ndim == 2 else levels.transpose(2, 0, 1))
-    return [resized.cut(plane, sampling, box, call) for plane in planes]
+        return [Image.fromarray(plane) for plane in pixels.float().contiguous().numpy()]
+    channels, height, width = pixels.shape
+    row_stride = pixels.stride(1)
+    if channels == 3 and pixels.stride(0) == 1 and pixels.stride(2) == 3 and row_stride >= 3 * width:
+        # Pillow reads the rows where they lie.
+        rows = pixels.permute(1, 2, 0).as_strided(((height - 1) * row_stride + 3 * width,), (1,)).numpy()
+        return [Image.frombuffer("RGB", (width, height), rows, "raw", "RGB", row_stride, 1)]
+    planes = [Image.fromarray(plane) for plane in pixels.contiguous().numpy()]
+    return [Image.merge("RGB", planes)] if channels == 3 else planes

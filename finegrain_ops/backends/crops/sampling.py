@@ -105,7 +105,7 @@ def sample(call: CropCall) -> Sampling:
                 cut=(new_length.long() - size) // 2,
             )
         )
-    return Sampling(exists, index, axes[0], axes[1], _vertical_first(axes[0], axes[1], call.vertical_first))
+    return Sampling(exists, index, axes[0], axes[1], _vertical_first(axes[0], axes[1], call.pass_order))
 
 
 def _vertical_first(y: AxisSampling, x: AxisSampling, pass_order: int) -> Tensor:

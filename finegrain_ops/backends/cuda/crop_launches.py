@@ -65,7 +65,7 @@ def _arguments(call: CropCall, result: Tensor) -> CropArguments:
         antialias=call.antialias,
         is_padded=call.is_padded,
         shortest_edge=call.shortest_edge or 0,
-        pass_order=call.vertical_first,
+        pass_order=call.pass_order,
         is_rounded=call.is_rounded,
         result_type=_RESULT_TYPES[call.dtype],
         fill=call.fill,
