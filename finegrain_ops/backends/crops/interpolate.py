@@ -4,19 +4,25 @@ near Pillow's, at most 3 off.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dense, resized
 from .interface import CropCall, CropFeatures
-from .sampling import Sampling, sample
+from .sampling import Sampling
+
+try:
+    import numpy as np
+
+    from . import resized
+
+    _PROBLEM = None
+except ImportError as error:
+    _PROBLEM = f"{error}; install it with: pip install numpy"
 
 
 def unavailable_reasons() -> list[str]:
-    return []
+    return [] if _PROBLEM is None else [_PROBLEM]
 
 
 def not_supported_reasons(features: CropFeatures) -> list[str]:
@@ -31,42 +37,24 @@ def not_supported_reasons(features: CropFeatures) -> list[str]:
 
 
 def crop_resize(call: CropCall) -> Tensor:
-    sampling = sample(call)
-    result = torch.empty((call.boxes.shape[0], call.channels, *call.size))
-    call = _with_neighbouring_channels(call, sampling)
-    multiplier, offset = resized.multiplier_and_offset(call)
-    for box, exists in enumerate(sampling.exists.tolist()):
-        result[box] = _levels(call, sampling, box) if exists else torch.tensor(call.fill)[:, None, None]
-    return result.mul_(multiplier).add_(offset).to(call.dtype)
+    def resize(pixels: Tensor, size: tuple[int, int], sampling: Sampling, box: int) -> np.ndarray:
+        # A call for both axes takes the horizontal pass first. The order matters: each pass clips what it overshoots.
+        sizes = [(size[0], pixels.shape[2]), size] if sampling.vertical_first[box] else [size]
+        # Of planes with a side of one pixel torch mistakes the layout.
+        by_pixel = pixels.stride(0) == 1 or 1 in (*pixels.shape[1:], *size)
+        pixels = _contiguous(pixels, by_pixel) if call.is_rounded else pixels.float()
+        for next_size in sizes:
+            pixels = F.interpolate(
+                pixels[None], next_size, mode=call.interpolation, antialias=call.antialias, align_corners=False
+            )[0]
+        return pixels.numpy()
+
+    # uint8 kernels run in the thread that calls them, the others in all of torch's.
+    return resized.crop_resize(call, resize, torch.get_num_threads() if call.is_rounded else 1)
 
 
-def _with_neighbouring_channels(call: CropCall, sampling: Sampling) -> CropCall:
-    """Images whose pixels the boxes cover more than once are rearranged as a whole, for uint8 kernels are fast where
-    channels lie next to each other.
-    """
-    if not call.is_rounded or call.channels == 1:
-        return call
-    images = list(call.images)
-    for index, count in resized.pixels_of_boxes(sampling).items():
-        if count >= images[index][0].numel():
-            images[index] = images[index][None].contiguous(memory_format=torch.channels_last)[0]
-    return dataclasses.replace(call, images=images)
-
-
-def _levels(call: CropCall, sampling: Sampling, box: int) -> Tensor:
-    """(C, height, width), before rescaling and normalising."""
-    if resized.is_excessive(sampling, box):
-        return dense.levels(call, sampling, box)
-    pixels = dense.crop(call, sampling, box)[None]
-    if not call.is_rounded:
-        pixels = pixels.float()
-    elif call.channels == 3 and pixels.stride(1) != 1:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
-    size = (int(sampling.y.resized[box]), int(sampling.x.resized[box]))
-    # A call for both axes takes the horizontal pass first; the order matters, since each pass clips what it overshoots.
-    sizes = [(size[0], pixels.shape[3]), size] if sampling.vertical_first[box] else [size]
-    for height_and_width in sizes:
-        pixels = F.interpolate(
-            pixels, height_and_width, mode=call.interpolation, antialias=call.antialias, align_corners=False
-        )
-    return resized.cut(pixels[0], sampling, box, call)
+def _contiguous(pixels: Tensor, by_pixel: bool) -> Tensor:
+    """(C, H, W), stored pixel by pixel or channel by channel. Copied by numpy, which starts no threads."""
+    if by_pixel:
+        return torch.from_numpy(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())).permute(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(pixels.numpy()))
