@@ -259,17 +259,17 @@ def test_weights_are_the_definitions(interpolation: str, antialias: bool, is_pad
     call = replace(a_call(), boxes=boxes, interpolation=interpolation, antialias=antialias, is_padded=is_padded)
     weights = kernels.allocate_weights(call, 4)
     kernels.crop_weights(call, Images.of(call), 0, 4, weights)
-    sampling, (height, width) = sample(call), call.size
-    for k in range(4):
+    height, width = call.size
+    for k, box in enumerate(sample(call)):
         of_y, of_x = weights.weights[k].split([weights.most_taps[0] * height, weights.most_taps[1] * width])
         for axis, table, (first, count) in (
-            (sampling.y, of_y.reshape(-1, height), weights.spans[k, :, :height].cpu()),
-            (sampling.x, of_x.reshape(-1, width), weights.spans[k, :, height:].cpu()),
+            (box.y, of_y.reshape(-1, height), weights.spans[k, :, :height].cpu()),
+            (box.x, of_x.reshape(-1, width), weights.spans[k, :, height:].cpu()),
         ):
-            expected = dense_weights(axis, k, table.shape[1], call).cpu()
+            expected = dense_weights(axis, table.shape[1], call).cpu()
             actual = torch.zeros_like(expected)
             for place in range(table.shape[1]):
-                begin = int(first[place] - axis.hull_begin[k])
+                begin = int(first[place]) - axis.hull_begin
                 actual[place, begin : begin + int(count[place])] = table[: int(count[place]), place].cpu().double()
             assert torch.equal(actual, expected)
 

@@ -9,31 +9,30 @@ import torch
 from torch import Tensor
 
 from .interface import CropCall
-from .sampling import WEIGHT_BITS, Sampling, dense_weights
+from .sampling import WEIGHT_BITS, CropSampling, dense_weights
 
 _LARGEST_CHUNK = 2**24  # elements in float64 at a time
 
 
-def crop(call: CropCall, sampling: Sampling, box: int) -> Tensor:
+def crop(call: CropCall, sampling: CropSampling) -> Tensor:
     """The pixels of the hull, (C, H, W), in the image's dtype; a view of the image where nothing is letterboxed."""
-    axes = sampling.y, sampling.x
-    rows, columns = (slice(int(axis.pixels_begin[box]), int(axis.pixels_end[box])) for axis in axes)
-    pixels = call.images[int(sampling.index[box])][:, rows, columns]
+    y, x = sampling.y, sampling.x
+    pixels = call.images[sampling.image][:, y.pixels_begin : y.pixels_end, x.pixels_begin : x.pixels_end]
     if not call.is_padded:
         return pixels
     fill = torch.tensor(call.fill, dtype=torch.float64).to(pixels)
-    hull = fill[:, None, None].expand(-1, *(int(axis.hull_length[box]) for axis in axes)).contiguous()
-    top, left = (int(axis.pixels_begin[box]) - int(axis.hull_begin[box]) for axis in axes)
+    hull = fill[:, None, None].expand(-1, y.hull_length, x.hull_length).contiguous()
+    top, left = y.pixels_begin - y.hull_begin, x.pixels_begin - x.hull_begin
     hull[:, top : top + pixels.shape[1], left : left + pixels.shape[2]] = pixels
     return hull
 
 
-def levels(call: CropCall, sampling: Sampling, box: int) -> Tensor:
+def levels(call: CropCall, sampling: CropSampling) -> Tensor:
     """(C, height, width), before rescaling and normalising: uint8, or float32 where levels are not rounded."""
-    pixels = crop(call, sampling, box)
+    pixels = crop(call, sampling)
     passes = [(sampling.x, 2, call.size[1]), (sampling.y, 1, call.size[0])]
-    for axis, dim, size in reversed(passes) if sampling.vertical_first[box] else passes:
-        pixels = _resample(pixels, dense_weights(axis, box, size, call), dim, call.is_rounded)
+    for axis, dim, size in reversed(passes) if sampling.vertical_first else passes:
+        pixels = _resample(pixels, dense_weights(axis, size, call), dim, call.is_rounded)
     return pixels
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .interface import CropCall, CropFeatures
-from .sampling import Sampling
+from .sampling import CropSampling
 
 try:
     import numpy as np
@@ -37,9 +37,10 @@ def not_supported_reasons(features: CropFeatures) -> list[str]:
 
 
 def crop_resize(call: CropCall) -> Tensor:
-    def resize(pixels: Tensor, size: tuple[int, int], sampling: Sampling, box: int) -> np.ndarray:
+    def resize(pixels: Tensor, box: CropSampling) -> np.ndarray:
+        size = (box.y.resized, box.x.resized)
         # A call for both axes takes the horizontal pass first. The order matters: each pass clips what it overshoots.
-        sizes = [(size[0], pixels.shape[2]), size] if sampling.vertical_first[box] else [size]
+        sizes = [(size[0], pixels.shape[2]), size] if box.vertical_first else [size]
         # Of planes with a side of one pixel torch mistakes the layout.
         by_pixel = pixels.stride(0) == 1 or 1 in (*pixels.shape[1:], *size)
         pixels = _contiguous(pixels, by_pixel) if call.is_rounded else pixels.float()

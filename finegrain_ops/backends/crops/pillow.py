@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .interface import INSTALLED_PILLOW, CropCall, CropFeatures, PassOrder
-from .sampling import Sampling
+from .sampling import CropSampling
 
 try:
     import numpy as np
@@ -39,10 +39,9 @@ def not_supported_reasons(features: CropFeatures) -> list[str]:
 
 
 def crop_resize(call: CropCall) -> Tensor:
-    def resize(pixels: Tensor, size: tuple[int, int], sampling: Sampling, box: int) -> np.ndarray:
-        y, x = sampling.y, sampling.x
-        interval = (float(x.start[box]), float(y.start[box]), float(x.end[box]), float(y.end[box]))
-        images = [image.resize(size[::-1], _FILTERS[call.interpolation], box=interval) for image in _open(pixels)]
+    def resize(pixels: Tensor, box: CropSampling) -> np.ndarray:
+        size, interval = (box.x.resized, box.y.resized), (box.x.start, box.y.start, box.x.end, box.y.end)
+        images = [image.resize(size, _FILTERS[call.interpolation], box=interval) for image in _open(pixels)]
         arrays = [np.asarray(image) for image in images]
         return arrays[0].transpose(2, 0, 1) if arrays[0].ndim == 3 else np.stack(arrays)
 

@@ -19,12 +19,12 @@ def not_supported_reasons(features: CropFeatures) -> list[str]:
 
 
 def crop_resize(call: CropCall) -> Tensor:
-    sampling, result = sample(call), call.new_result()
+    result = call.new_result()
     multiplier, offset, fill = (
         torch.tensor(values, dtype=torch.float64, device=result.device)[:, None, None]
         for values in (call.multiplier, call.offset, call.fill)
     )
-    for box, exists in enumerate(sampling.exists.tolist()):
-        levels = dense.levels(call, sampling, box) if exists else fill
+    for box, sampling in enumerate(sample(call)):
+        levels = fill if sampling is None else dense.levels(call, sampling)
         result[box] = levels.double() * multiplier + offset
     return result

@@ -16,46 +16,52 @@ from torch import Tensor
 
 from . import dense
 from .interface import CropCall
-from .sampling import Sampling, sample
+from .sampling import CropSampling, sample
 
 _MOST_PIXELS = 2**24  # of a resized crop
 
-# (pixels of the hull (C, H, W), size (height, width), sampling, box) -> levels (C, height, width)
-Resize = Callable[[Tensor, tuple[int, int], Sampling, int], np.ndarray]
+# (pixels of the hull (C, H, W), the box) -> levels (C, height, width), as large as the whole crop becomes
+Resize = Callable[[Tensor, CropSampling], np.ndarray]
 
 
 def crop_resize(call: CropCall, resize: Resize, num_threads: int) -> Tensor:
     """(K, C, height, width), normalised. `resize` is called by so many threads."""
-    sampling = sample(call)
     result = torch.empty((call.boxes.shape[0], call.channels, *call.size))
     multiplier, offset = (
         np.array(values, dtype=np.float32)[:, None, None] for values in (call.multiplier, call.offset)
     )
+
     # The largest first, so that no thread is left with one at the end.
-    sizes = (sampling.y.hull_length * sampling.x.hull_length).where(sampling.exists, 0)
-    order = sizes.argsort(descending=True).tolist()
+    boxes = sorted(zip(sample(call), result.numpy()), key=lambda box: _pixels(box[0]), reverse=True)
+    remaining = iter(boxes)  # a list's, from which threads may take turns
 
-    def levels(box: int) -> np.ndarray:
-        if not sampling.exists[box]:
-            return np.array(call.fill, dtype=np.float32)[:, None, None]
-        height, width = int(sampling.y.resized[box]), int(sampling.x.resized[box])
-        if height * width > _MOST_PIXELS:
-            return dense.levels(call, sampling, box).numpy()
-        resized = resize(dense.crop(call, sampling, box), (height, width), sampling, box)
-        top, left = int(sampling.y.cut[box]), int(sampling.x.cut[box])
-        return resized[:, top : top + call.size[0], left : left + call.size[1]]
+    def work() -> None:
+        for box, normalized in remaining:
+            # By numpy: torch's own threads would be in the way of these.
+            np.multiply(_levels(call, box, resize), multiplier, out=normalized)
+            normalized += offset
 
-    def run(box: int) -> None:
-        # By numpy: torch's own threads would be in the way of these.
-        normalized = result[box].numpy()
-        np.multiply(levels(box), multiplier, out=normalized)
-        normalized += offset
-
-    num_threads = min(num_threads, len(order))
-    if num_threads > 1:
-        with ThreadPoolExecutor(num_threads) as pool:  # a lasting one would not survive a fork
-            list(pool.map(run, order))
+    helpers = min(num_threads, len(boxes)) - 1
+    if helpers > 0:
+        with ThreadPoolExecutor(helpers) as pool:  # a lasting one would not survive a fork
+            futures = [pool.submit(work) for _ in range(helpers)]
+            work()
+            for future in futures:
+                future.result()  # raises what it has raised
     else:
-        for box in order:
-            run(box)
+        work()
     return result.to(call.dtype)
+
+
+def _pixels(box: CropSampling | None) -> int:
+    return 0 if box is None else box.y.hull_length * box.x.hull_length
+
+
+def _levels(call: CropCall, box: CropSampling | None, resize: Resize) -> np.ndarray:
+    """(C, height, width), before rescaling and normalising."""
+    if box is None:
+        return np.array(call.fill, dtype=np.float32)[:, None, None]
+    if box.y.resized * box.x.resized > _MOST_PIXELS:
+        return dense.levels(call, box).numpy()
+    top, left = box.y.cut, box.x.cut
+    return resize(dense.crop(call, box), box)[:, top : top + call.size[0], left : left + call.size[1]]

@@ -29,7 +29,9 @@ The horizontal pass comes first, but for crops (hulls) of which `PassOrder` says
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ctypes
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,110 +42,119 @@ WEIGHT_BITS = 22
 CUBIC = {True: -0.5, False: -0.75}  # the parameter of the bicubic filter with and without antialiasing
 
 
-@dataclass(frozen=True)
-class AxisSampling:
-    """Along one axis, for K boxes, (K,) each: int64, and float64 for start, end and scale."""
+class AxisSampling(NamedTuple):
+    """One axis of a box. What is sampled, from start to end, is counted from the hull's first pixel."""
 
-    pixels_begin: Tensor  # of the crop, in the image
-    pixels_end: Tensor
-    hull_begin: Tensor
-    hull_length: Tensor
-    start: Tensor
-    end: Tensor
-    scale: Tensor
-    resized: Tensor  # S
-    cut: Tensor  # where the result begins in the resized crop
+    pixels_begin: int  # of the crop, in the image
+    pixels_end: int
+    hull_begin: int
+    hull_length: int
+    start: float
+    end: float
+    resized: int  # S
+    cut: int  # where the result begins in the resized crop
+
+    @property
+    def scale(self) -> float:
+        return _float32(self.end - self.start) / self.resized
 
 
-@dataclass(frozen=True)
-class Sampling:
-    exists: Tensor  # (K,) bool: the box has area, and its image exists; of the others nothing else is meant
-    index: Tensor  # (K,) int64, of the image
+class CropSampling(NamedTuple):
+    """A box that has area, in an image that exists."""
+
+    image: int  # its index
     y: AxisSampling
     x: AxisSampling
-    vertical_first: Tensor  # (K,) bool
+    vertical_first: bool
 
 
-def sample(call: CropCall) -> Sampling:
-    index = call.image_index
-    if index is None:
-        index = torch.arange(call.boxes.shape[0], device=call.boxes.device)
-        index = index if call.num_images > 1 else torch.zeros_like(index)
-    exists = (index >= 0) & (index < call.num_images)
-    index = index.clamp(0, call.num_images - 1)
-    sizes = torch.tensor(call.image_sizes, dtype=torch.float64, device=call.boxes.device)[index]
+def sample(call: CropCall) -> list[CropSampling | None]:
+    """Of each box; None where there is nothing to sample. On a device this waits for the boxes."""
+    image_sizes = call.image_sizes
+    indices = range(len(call.boxes)) if call.num_images > 1 else [0] * len(call.boxes)
+    if call.image_index is not None:
+        indices = call.image_index.tolist()
+    return [
+        _sample_box(call, box, index, image_sizes[index]) if 0 <= index < len(image_sizes) else None
+        for box, index in zip(call.boxes.tolist(), indices)
+    ]
 
-    x0, y0, x1, y1 = call.boxes.unbind(1)
-    ends = [(y0.clamp(min=0), y1.minimum(sizes[:, 0])), (x0.clamp(min=0), x1.minimum(sizes[:, 1]))]
-    exists = exists & (ends[0][0] < ends[0][1]) & (ends[1][0] < ends[1][1])
-    # Boxes that do not exist are replaced by one that does, so that no NaN becomes an integer.
-    ends = [(torch.where(exists, low, 0.0), torch.where(exists, high, 1.0)) for low, high in ends]
-    lengths = [high - low for low, high in ends]
-    longest = torch.maximum(*lengths)
 
-    hulls = []
-    for (low, high), length in zip(ends, lengths):
-        before = ((longest - length) / 2).floor() if call.is_padded else torch.zeros_like(low)
-        after = longest - length - before if call.is_padded else before
-        begin = (low - before).floor()
-        hulls.append((low - before, high + after, begin, (high + after).ceil() - begin))
-
-    resized = _resized_lengths(call, [hull[3] for hull in hulls])
-    axes = []
-    for (low, high), (start, end, begin, length), new_length, size in zip(ends, hulls, resized, call.size):
-        float32_start, float32_end = (start - begin).float(), (end - begin).float()
-        axes.append(
-            AxisSampling(
-                pixels_begin=low.floor().long(),
-                pixels_end=high.ceil().long(),
-                hull_begin=begin.long(),
-                hull_length=length.long(),
-                start=float32_start.double(),
-                end=float32_end.double(),
-                scale=(float32_end - float32_start).double() / new_length,
-                resized=new_length.long(),
-                cut=(new_length.long() - size) // 2,
-            )
+def _sample_box(call: CropCall, box: list[float], index: int, image_size: tuple[int, int]) -> CropSampling | None:
+    height, width = image_size
+    x_low, y_low = max(box[0], 0.0), max(box[1], 0.0)
+    x_high, y_high = min(box[2], float(width)), min(box[3], float(height))
+    if not (x_low < x_high and y_low < y_high):  # NaN too
+        return None
+    longest = max(x_high - x_low, y_high - y_low) if call.is_padded else None
+    hulls = [_Hull.of(y_low, y_high, longest), _Hull.of(x_low, x_high, longest)]
+    resized = list(call.size)
+    if call.shortest_edge is not None:
+        shortest = min(hull.length for hull in hulls)
+        resized = [math.floor(call.shortest_edge * hull.length / shortest) for hull in hulls]
+    y, x = (
+        AxisSampling(
+            pixels_begin=math.floor(low),
+            pixels_end=math.ceil(high),
+            hull_begin=hull.begin,
+            hull_length=hull.length,
+            start=_float32(hull.low - hull.begin),
+            end=_float32(hull.high - hull.begin),
+            resized=length,
+            cut=(length - size) // 2,
         )
-    return Sampling(exists, index, axes[0], axes[1], _vertical_first(axes[0], axes[1], call.pass_order))
+        for low, high, hull, length, size in zip((y_low, x_low), (y_high, x_high), hulls, resized, call.size)
+    )
+    return CropSampling(index, y, x, _is_vertical_first(y, x, call.pass_order))
 
 
-def _vertical_first(y: AxisSampling, x: AxisSampling, pass_order: int) -> Tensor:
-    is_shrunk = y.hull_length > y.resized
+class _Hull(NamedTuple):
+    low: float  # what is sampled, in the image
+    high: float
+    begin: int
+    length: int
+
+    @classmethod
+    def of(cls, low: float, high: float, longest: float | None) -> _Hull:
+        if longest is not None:
+            missing = longest - (high - low)
+            before = math.floor(missing / 2)
+            low, high = low - before, high + (missing - before)
+        begin = math.floor(low)
+        return cls(low, high, begin, math.ceil(high) - begin)
+
+
+def _float32(value: float) -> float:
+    return ctypes.c_float(value).value
+
+
+def _is_vertical_first(y: AxisSampling, x: AxisSampling, pass_order: int) -> bool:
+    shrinks = y.hull_length - y.resized
     if pass_order == PassOrder.VERTICAL_FIRST_IF_SHRUNK:
-        return is_shrunk & (y.hull_length - y.resized > 2 * (x.hull_length - x.resized))
+        return shrinks > 0 and shrinks > 2 * (x.hull_length - x.resized)
     if pass_order == PassOrder.VERTICAL_FIRST_IF_TALL:
-        return is_shrunk & (y.hull_length > 100 * x.hull_length)
-    return torch.zeros_like(is_shrunk)
+        return shrinks > 0 and y.hull_length > 100 * x.hull_length
+    return False
 
 
-def _resized_lengths(call: CropCall, lengths: list[Tensor]) -> list[Tensor]:
-    """To what length each axis is resized: `size`, or by image processors' rule for the shortest edge."""
-    if call.shortest_edge is None:
-        return [torch.full_like(length, size) for length, size in zip(lengths, call.size)]
-    shortest = torch.minimum(*lengths)
-    return [(call.shortest_edge * length / shortest).floor() for length in lengths]
-
-
-def dense_weights(axis: AxisSampling, box: int, size: int, call: CropCall) -> Tensor:
+def dense_weights(axis: AxisSampling, size: int, call: CropCall) -> Tensor:
     """(size, length of the hull) float64: the weight of each pixel of the hull in each of the result; whole numbers of
     2^-22 for images that are rounded.
     """
-    length, scale = int(axis.hull_length[box]), axis.scale[box]
-    place = torch.arange(size, dtype=torch.float64, device=scale.device) + axis.cut[box]
-    centre = (axis.start[box] + (place + 0.5) * scale)[:, None]
+    place = torch.arange(size, dtype=torch.float64, device=call.boxes.device) + axis.cut
+    centre = (axis.start + (place + 0.5) * axis.scale)[:, None]
     radius = INTERPOLATIONS[call.interpolation]
     if call.antialias:
-        weights = _antialiased(centre, scale.clamp(min=1.0), length, radius)
+        weights = _antialiased(centre, max(axis.scale, 1.0), axis.hull_length, radius)
     else:
-        weights = _interpolated(centre, length, radius)
+        weights = _interpolated(centre, axis.hull_length, radius)
     if not call.is_rounded:
         return weights
     scaled = weights * 2.0**WEIGHT_BITS
     return (scaled + torch.where(scaled < 0, -0.5, 0.5)).trunc()
 
 
-def _antialiased(centre: Tensor, width: Tensor, length: int, radius: int) -> Tensor:
+def _antialiased(centre: Tensor, width: float, length: int, radius: int) -> Tensor:
     taps = torch.arange(length, dtype=torch.float64, device=centre.device)
     support = radius * width
     first = (centre - support + 0.5).trunc().clamp(min=0)
