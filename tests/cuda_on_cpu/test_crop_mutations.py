@@ -9,8 +9,8 @@ import simulator
 import torch
 from cpu_launcher import CpuLauncher
 
-pytest.importorskip("hypothesis", reason="test_crop_kernels.py needs it")
-from test_crop_kernels import SHRUNK, check_boxes_that_do_not_exist, check_rounding, check_scratch_memory
+pytest.importorskip("hypothesis", reason="test_crop_calls.py needs it")
+from test_crop_calls import SHRUNK, check_boxes_that_do_not_exist, check_rounding, check_scratch_memory
 from test_mutations import Mutation, _run
 
 from crop_cases import CASES, check

@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="hypothesis draws these cases")
+pytest.importorskip("PIL", reason="Pillow is what levels equal")
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from crop_cases import ALL_CASES, CASES, CropCase, check
 from devices import DEVICE
