@@ -6,6 +6,7 @@ Backends against the reference: crop_cases.py, whose cases run here for the back
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -159,6 +160,29 @@ def test_tall_crops_equal_pillow(height: int, width: int, size: tuple[int, int])
     expected = levels_of(as_pillow(image).resize(size[::-1], FILTERS["bicubic"])).float()
     for backend in ("auto", "reference"):
         assert torch.equal(levels([image], [(0, 0, width, height)], size, backend=backend)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("pillow", "is_vertical_first"),
+    [
+        ("11.3", lambda height, width, new_height, new_width: False),
+        ("12.1", lambda height, width, new_height, new_width: False),
+        ("12.2", lambda height, width, new_height, new_width: height > 100 * width and height > new_height),
+        ("13.0", lambda height, width, new_height, new_width: height - new_height > max(0, 2 * (width - new_width))),
+    ],
+)
+@pytest.mark.parametrize(("height", "width"), [(1300, 13), (1301, 13), (40, 20), (20, 40)])
+@pytest.mark.parametrize("size", [(30, 12), (30, 60), (1400, 5), (20, 10), (1301, 9)])
+def test_pass_orders(pillow: str, is_vertical_first: Callable, height: int, width: int, size: tuple[int, int]) -> None:
+    """Whichever Pillow is installed: resized along one axis and then along the other, in the order of that version."""
+    generator = torch.Generator().manual_seed(height)
+    image = torch.randint(0, 2, (3, height, width), generator=generator, dtype=torch.uint8).mul(255).to(DEVICE)
+    new_height, new_width = size
+    between = (width, new_height) if is_vertical_first(height, width, *size) else (new_width, height)
+    expected = as_pillow(image).resize(between, FILTERS["bicubic"]).resize((new_width, new_height), FILTERS["bicubic"])
+    for backend in ("reference", "auto"):
+        actual = levels([image], [(0, 0, width, height)], size, pillow=pillow, backend=backend)[0]
+        assert torch.equal(actual, levels_of(expected).float())
 
 
 def test_grey_images_equal_pillow() -> None:
