@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -239,12 +240,35 @@ def test_very_long_images(backend: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_sliver_to_its_shortest_edge_takes_little_memory(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 x 9000 pixels would be 40 x 120000: nobody resizes more than is kept, beyond a limit."""
-    image = noise(3, 3, 9000)
-    monkeypatch.setattr(resized, "_MOST_PIXELS", 40 * 120000 - 1)
-    expected = crops([image], [(0, 0, 9000, 3)], backend, size=(40, 30), shortest_edge=40)
-    monkeypatch.setattr(resized, "_MOST_PIXELS", 2**30)
-    actual = crops([image], [(0, 0, 9000, 3)], backend, size=(40, 30), shortest_edge=40)
-    assert (actual - expected).abs().max() <= (3 if backend == "interpolate" else 0)
+    image, of_the_definition = noise(3, 3, 9000), []
+    levels = dense.levels
+    monkeypatch.setattr(dense, "levels", lambda *arguments: of_the_definition.append(1) or levels(*arguments))
+    results, takes_definition = [], []
+    for limit in (40 * 120000 - 1, 40 * 120000):
+        monkeypatch.setattr(resized, "_MOST_PIXELS", limit)
+        of_the_definition.clear()
+        results.append(crops([image], [(0, 0, 9000, 3)], backend, size=(40, 30), shortest_edge=40))
+        takes_definition.append(bool(of_the_definition))
+    if backend in ("pillow", "interpolate"):
+        assert takes_definition == [True, False]
+    assert (results[0] - results[1]).abs().max() <= (3 if backend == "interpolate" else 0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="no other backend has threads")
+def test_what_a_thread_raises_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_raised = threading.Event()
+
+    def levels(*_: object) -> np.ndarray:
+        if threading.current_thread() is threading.main_thread():
+            assert has_raised.wait(30)
+            return np.zeros((3, 12, 10))
+        has_raised.set()
+        raise MemoryError("of a thread")
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(resized, "_levels", levels)
+    with pytest.raises(MemoryError, match="of a thread"):
+        crops([noise(3, 40, 50)], [(0, 0, 20, 30)] * 3, "pillow")
 
 
 def test_the_reference_holds_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,9 +282,12 @@ def test_the_reference_holds_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_strides(backend: str) -> None:
     image = noise(3, 81, 101)
+    by_pixel = image.permute(1, 2, 0).contiguous()
     views = [
         image,
-        image.permute(1, 2, 0).contiguous().permute(2, 0, 1),
+        by_pixel.permute(2, 0, 1),
+        by_pixel[:, ::2].permute(2, 0, 1),
+        by_pixel[:1].expand(81, -1, -1).permute(2, 0, 1),
         image[:, ::2, 1::2],
         image[:1].expand(3, -1, -1),
     ]

@@ -138,6 +138,20 @@ def test_shortest_edge_equals_pillow(backend: str, data: st.DataObject, edge: in
 
 
 @pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("box", [(3.5, 1.5, 88, 30), (10.9, 10.9, 13.1, 40.2)])
+def test_the_shortest_edge_of_fractional_boxes_is_that_of_their_whole_pixels(backend: str, box: tuple) -> None:
+    image, edge, size = photograph("noise"), 40, (31, 27)
+    outer = (*np.floor(box[:2]).astype(int), *np.ceil(box[2:]).astype(int))
+    crop = as_pillow(image).crop(outer)
+    width, height = (int(edge * side / min(crop.size)) for side in crop.size)
+    inner = tuple(np.array(box) - np.array([*outer[:2], *outer[:2]]))
+    whole = levels_of(crop.resize((width, height), FILTERS["bicubic"], box=inner))
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    expected = whole[:, top : top + size[0], left : left + size[1]]
+    assert torch.equal(levels([image], [box], size, shortest_edge=edge, backend=backend)[0], expected.float())
+
+
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("interpolation", FILTERS)
 def test_floating_images_equal_pillow(backend: str, interpolation: str) -> None:
     """Its mode "F", channel by channel: neither rounded nor clipped."""
