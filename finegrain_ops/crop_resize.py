@@ -111,7 +111,7 @@ def crop_resize(
     boxes = _require_device(as_box_tensor(boxes, "boxes"), "boxes", device)
     if len(boxes) and not image_sizes:
         raise ValueError(f"images: expected at least one image for the {len(boxes)} boxes, got a batch of none")
-    image_index = _check_image_index(image_index, boxes, len(image_sizes))
+    image_index = _check_image_index(image_index, len(boxes), len(image_sizes), device)
     boxes = require_boxes(boxes, image_index, image_sizes, "boxes").to(device).contiguous()
     if image_index is not None:
         image_index = image_index.to(device, torch.int64).contiguous()
@@ -161,20 +161,23 @@ def crop_resize(
 
     if all(tensor.dtype == tensors[0].dtype for tensor in tensors):
         return run(tensors, image_index)
-    # Levels are rounded in some and not in others: each kind for itself, where an index of -1 costs nothing.
+    if all(tensor.dtype != torch.uint8 for tensor in tensors):
+        return run([tensor.float() for tensor in tensors], image_index)
+    # Levels are rounded in some and not in others. Each kind is run for itself, on an index in which the images of the
+    # other do not exist: -1, which costs nothing.
     if image_index is None:
         image_index = torch.arange(len(boxes), device=device)
-    kinds: list[list[int]] = [[], []]
-    for index, tensor in enumerate(tensors):
-        kinds[tensor.dtype == torch.uint8].append(index)
-    results = []
-    for kind in kinds:
-        places = torch.full((len(tensors),), -1)
-        places[kind] = torch.arange(len(kind))
-        of_kind = [tensors[index] if tensors[index].dtype == torch.uint8 else tensors[index].float() for index in kind]
-        results.append((run(of_kind, places.to(device)[image_index]), places))
-    is_rounded = (results[1][1] >= 0).to(device)[image_index]
-    return torch.where(is_rounded[:, None, None, None], results[1][0], results[0][0])
+    is_rounded = torch.tensor([tensor.dtype == torch.uint8 for tensor in tensors])
+    exists = (image_index >= 0) & (image_index < len(tensors))
+    inside = torch.where(exists, image_index, 0)
+
+    def run_kind(of_kind: Tensor, images: list[Tensor]) -> Tensor:
+        places = torch.where(of_kind, of_kind.cumsum(0) - 1, -1).to(device)
+        return run(images, torch.where(exists, places[inside], -1))
+
+    rounded = run_kind(is_rounded, [tensor for tensor in tensors if tensor.dtype == torch.uint8])
+    floating = run_kind(~is_rounded, [tensor.float() for tensor in tensors if tensor.dtype != torch.uint8])
+    return torch.where(is_rounded.to(device)[inside][:, None, None, None], rounded, floating)
 
 
 def _check_images(images: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], list[tuple[int, int]]]:
@@ -218,11 +221,13 @@ def _check_image(image: object, name: str, layout: str) -> None:
         raise ValueError(f"{name}: crop_resize has no gradient, but this image requires one; pass image.detach()")
 
 
-def _check_image_index(image_index: Tensor | Sequence[int] | None, boxes: Tensor, num_images: int) -> Tensor | None:
+def _check_image_index(
+    image_index: Tensor | Sequence[int] | None, num_boxes: int, num_images: int, device: torch.device
+) -> Tensor | None:
     if image_index is None:
-        if num_images != 1 and num_images != len(boxes):
+        if num_images != 1 and num_images != num_boxes:
             raise ValueError(
-                f"image_index: expected (K,), the image of each box, for {len(boxes)} boxes in {num_images} images; "
+                f"image_index: expected (K,), the image of each box, for {num_boxes} boxes in {num_images} images; "
                 "it may be left out where there is one image, or as many as boxes"
             )
         return None
@@ -230,8 +235,8 @@ def _check_image_index(image_index: Tensor | Sequence[int] | None, boxes: Tensor
         image_index = torch.tensor([require_length(index, "image_index") for index in image_index], dtype=torch.int64)
     if image_index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"image_index: expected torch.int64 or int32, got {image_index.dtype}")
-    require_shape(image_index, "image_index", [(len(boxes),)], "(K,)")
-    return _require_device(image_index, "image_index", boxes.device)
+    require_shape(image_index, "image_index", [(num_boxes,)], "(K,)")
+    return _require_device(image_index, "image_index", device)
 
 
 def _require_device(tensor: Tensor, name: str, device: torch.device) -> Tensor:

@@ -157,7 +157,7 @@ def require_boxes(
     """`boxes` (K, 4), where values are checked: finite, x0 < x1 and y0 < y1, and each overlapping its image, which
     image_index (K,) says (None: one for each box, or one for all).
     """
-    if boxes.numel() and values_are_checked(boxes):
+    if boxes.numel() and all(values_are_checked(tensor) for tensor in (boxes, image_index) if tensor is not None):
         if torch.compiler.is_compiling():
             sizes = [side for size in image_sizes for side in size]
             return torch.ops.finegrain_ops.require_boxes(boxes, image_index, sizes, name)

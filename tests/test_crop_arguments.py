@@ -89,6 +89,22 @@ def test_images_of_different_dtypes_in_one_list() -> None:
     assert torch.equal(crops(images, boxes[:4])[3], crops([images[3]], [boxes[3]])[0])
 
 
+def test_floating_images_of_different_dtypes_in_one_list() -> None:
+    images, boxes = [noise(3, 40, 50).float(), noise(3, 31, 20, seed=1).half()], [(0, 0, 20, 9), (3, 1, 18, 30.5)]
+    expected = [crops([image], [box])[0] for image, box in zip(images, boxes)]
+    assert torch.equal(crops(images, boxes), torch.stack(expected))
+
+
+@pytest.mark.parametrize("backend", crop_ways())
+def test_an_unchecked_index_into_images_of_different_dtypes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "values_are_checked", lambda tensor: False)
+    images, index = [noise(3, 40, 50), noise(3, 31, 20).float()], torch.tensor([1, -1, 0, 2, 2**40, -(2**40)])
+    result = crops(images, [(1, 2, 20, 31)] * 6, backend, image_index=index.to(DEVICE), fill=7)
+    assert torch.equal(result[0], crops(images[1:], [(1, 2, 20, 31)], backend)[0])
+    assert torch.equal(result[2], crops(images[:1], [(1, 2, 20, 31)], backend)[0])
+    assert bool((result[[1, 3, 4, 5]] == 7).all())
+
+
 def test_the_fill_of_uint8_images_is_a_level() -> None:
     image = noise(3, 10, 40)
     assert torch.equal(
@@ -201,6 +217,17 @@ def test_unchecked_boxes_give_the_fill(backend: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(result[len(bad) + 1], expected)
     for k in (*range(1, len(bad) + 1), -2, -1):
         assert torch.equal(result[k], (fill - 1).expand_as(result[k])), k
+
+
+@pytest.mark.parametrize("where", [("meta", "meta"), ("cpu", "meta"), ("meta", "cpu"), ("cpu", "cpu")], ids=str)
+def test_nothing_waits_for_a_device(where: tuple[str, str]) -> None:
+    """Tensors on "meta" have no values: nobody can have looked at them."""
+    boxes, index = torch.tensor([(0.0, 0.0, 3.0, 3.0)] * 3, device=where[0]), torch.tensor([0, 1, 0], device=where[1])
+    batch = torch.empty(2, 3, 9, 9, dtype=torch.uint8, device="meta")
+    for images in (batch, list(batch), [batch[0], batch[1].float()]):
+        result = crop_resize(images, boxes, index, size=(4, 5))
+        assert result.shape == (3, 3, 4, 5)
+        assert result.device.type == "meta"
 
 
 def test_device_values_are_checked_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
