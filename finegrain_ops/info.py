@@ -38,7 +38,7 @@ def crop_backend_status(name: str, device: str) -> list[str]:
     """Reasons why `name` cannot crop and resize uint8 images on `device` as the installed Pillow would."""
     kind = torch.device(device)
     order = PassOrder.of_pillow(INSTALLED_PILLOW or NEWEST_PILLOW)
-    features = CropFeatures(kind.type, kind.index, torch.uint8, True, order, exact=True, has_integer_boxes=True)
+    features = CropFeatures(kind.type, kind.index, True, order, exact=True, has_integer_boxes=True)
     return backends.not_supported_reasons(name, features)
 
 

@@ -223,11 +223,8 @@ class Images:
 
     @staticmethod
     def of(call: CropCall) -> Images:
-        images = call.images
-        if not isinstance(images, Tensor):
-            if len(images) > 1:
-                return Images(images[0], image_table.image_table(images))
-            images = images[0][None]
+        if (images := call.batch) is None:
+            return Images(call.images[0], image_table.image_table(call.images))
         batch, channel, row, column = images.stride()
         return Images(images, None, (batch, channel, row, column), images.shape[2], images.shape[3])
 

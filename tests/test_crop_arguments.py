@@ -385,7 +385,7 @@ def test_autocast_changes_nothing() -> None:
 
 
 def features(**changes: object) -> CropFeatures:
-    values = {"device_type": "cpu", "device_index": None, "dtype": torch.uint8, "antialias": True}
+    values = {"device_type": "cpu", "device_index": None, "antialias": True}
     values |= {"pass_order": 2, "exact": True, "has_integer_boxes": True, **changes}
     return CropFeatures(**values)
 

@@ -66,7 +66,7 @@ def test_a_gpu_and_nvrtc(pretend_gpu: Callable[..., None]) -> None:
     pretend_gpu(75)
     assert machine.unavailable_reasons() == machine.device_reasons("cuda", 0) == []
     assert machine.device_reasons("cpu", None) == ["query is on cpu; move it to a CUDA device"]
-    of_images = crops.not_supported_reasons(CropFeatures("cpu", None, torch.uint8, True, 0, True, True))
+    of_images = crops.not_supported_reasons(CropFeatures("cpu", None, True, 0, True, True))
     assert of_images == ["images are on cpu; move them to a CUDA device"]
     assert f"sm_75: compiled at first use by NVRTC {compiler.version_text()} and kept in" in machine.way()
     assert "prebuilt kernels: none" in machine.way()

@@ -77,12 +77,23 @@ class CropCall:
         return len(self.images)
 
     @property
+    def batch(self) -> Tensor | None:
+        """(B, C, H, W), where one tensor holds them all: no table says where each lies."""
+        if isinstance(self.images, Tensor):
+            return self.images
+        return self.images[0][None] if len(self.images) == 1 else None
+
+    @property
+    def _any_image(self) -> Tensor:
+        return self.images if isinstance(self.images, Tensor) else self.images[0]
+
+    @property
     def channels(self) -> int:
-        return (self.images if isinstance(self.images, Tensor) else self.images[0]).shape[-3]
+        return self._any_image.shape[-3]
 
     @property
     def image_dtype(self) -> torch.dtype:
-        return (self.images if isinstance(self.images, Tensor) else self.images[0]).dtype
+        return self._any_image.dtype
 
     @property
     def is_rounded(self) -> bool:
@@ -118,7 +129,6 @@ class CropCall:
         return CropFeatures(
             device_type=self.boxes.device.type,
             device_index=self.boxes.device.index,
-            dtype=self.image_dtype,
             antialias=self.antialias,
             pass_order=self.pass_order,
             exact=exact,
@@ -134,12 +144,10 @@ class CropFeatures(NamedTuple):
 
     device_type: str
     device_index: int | None
-    dtype: torch.dtype  # of the images
     antialias: bool
     pass_order: int
     exact: bool  # Pillow's levels are wanted, not values near them
     has_integer_boxes: bool  # only looked at where not exact, and on a CPU
-    operator: str = "crop_resize"
 
 
 class CropBackend(Protocol):

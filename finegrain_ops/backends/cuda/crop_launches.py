@@ -75,13 +75,12 @@ def _arguments(call: CropCall, result: Tensor) -> CropArguments:
     arguments.point("boxes", call.boxes)
     arguments.point("image_index", call.image_index)
     arguments.point("result", result)
-    images = call.images if isinstance(call.images, Tensor) or len(call.images) > 1 else call.images[0][None]
-    if isinstance(images, Tensor):
+    if (images := call.batch) is not None:
         arguments.point("images", images)
         arguments.image_height, arguments.image_width = images.shape[2:]
         strides = images.stride()
         arguments.image_stride, arguments.channel_stride, arguments.row_stride, arguments.column_stride = strides
     else:
-        arguments.point("image_table", image_table(images))
-        arguments.tensors.update({f"images[{index}]": image for index, image in enumerate(images)})
+        arguments.point("image_table", image_table(list(call.images)))
+        arguments.tensors.update({f"images[{index}]": image for index, image in enumerate(call.images)})
     return arguments
