@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from ..attention import reweighted_attention
 from ..errors import UnsupportedInputError, UnsupportedModelError
 
 NAME = "finegrain_ops"
+LAYER = "finegrain_layer"  # attribute of a patched layer: its place among them
 
 # Keyword arguments of attention functions that change what is computed and that the operator does not know.
 _REFUSED = ("sliding_window", "softcap", "position_bias", "s_aux", "head_mask", "cache", "block_table")
@@ -49,6 +51,20 @@ def original_attention(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor 
     return eager if implementation in (None, "eager") else ALL_ATTENTION_FUNCTIONS[implementation]
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of a patched attention layer, as an attention_reader sees it: what `attention_map` needs."""
+
+    layer: int  # its place among the patched layers
+    query: Tensor  # (B, H, Q, D)
+    key: Tensor  # (B, Hkv, K, D), the cache in it
+    key_bias: Tensor | None  # (B, K) or (B, H, K)
+    key_padding_mask: Tensor | None  # (B, K); None: padding is -inf in key_bias
+    row_gate: Tensor | None  # (B, Q)
+    is_causal: bool
+    scale: float | None
+
+
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -59,37 +75,59 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     key_bias: Tensor | None = None,
-    attention_reader: Callable[..., None] | None = None,
+    row_gate: Tensor | None = None,
+    key_padding_mask: Tensor | None = None,
+    attention_reader: Callable[[AttentionCall], None] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """query (B, H, Q, D), key and value (B, Hkv, K, D) with the cache in them -> (B, Q, H, D), None.
 
-    key_bias is what `patching._bias_over_all_keys` made for this forward pass: (B, K') float32 over all keys so far,
-    padding and unfilled slots of the cache at -inf. A static cache has K > K' slots, of which the first K' are
-    filled.
+    key_bias is what the model's replaced forward made for this pass: (B, K'), (B, H, K') or (B, L, 1 or H, K') float32
+    over all keys so far. Padding and unfilled slots of the cache are at -inf in it, or False in key_padding_mask. A
+    static cache has K > K' slots, of which the first K' are filled.
     """
     original = original_attention(module)
     if key_bias is None:
         if attention_reader is not None:
-            attention_reader(module, query, key, None, scaling)
+            raise UnsupportedInputError(
+                "attention_reader needs a key_bias, which may be 0: only with one is padding known"
+            )
         if is_causal is not None:
             kwargs["is_causal"] = is_causal
         return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     refuse_what_the_operator_cannot(dropout, kwargs)
-    key_bias = key_bias.to(query.device)
-    num_keys = key_bias.shape[1]
-    if attention_reader is not None:
-        attention_reader(module, query, key[:, :, :num_keys], key_bias, scaling)
-    output = reweighted_attention(
-        query,
-        key[:, :, :num_keys],
-        value[:, :, :num_keys],
-        key_bias=key_bias,
+    num_keys = key_bias.shape[-1]
+    call = AttentionCall(
+        layer=getattr(module, LAYER),
+        query=query,
+        key=key[:, :, :num_keys],
+        key_bias=bias_of_layer(key_bias, getattr(module, LAYER)).to(query.device),
+        key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(query.device),
+        row_gate=None if row_gate is None else row_gate.to(query.device),
         is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
     )
+    if attention_reader is not None:
+        attention_reader(call)
+    output = reweighted_attention(
+        query,
+        call.key,
+        value[:, :, :num_keys],
+        key_bias=call.key_bias,
+        key_padding_mask=call.key_padding_mask,
+        row_gate=call.row_gate,
+        is_causal=call.is_causal,
+        scale=scaling,
+    )
     return output.transpose(1, 2).contiguous(), None
+
+
+def bias_of_layer(key_bias: Tensor, layer: int) -> Tensor:
+    """(B, K) or (B, H, K) of (B, K), (B, H, K) or (B, L, 1 or H, K), where L = 1 stands for every layer."""
+    if key_bias.dim() == 4:
+        key_bias = key_bias[:, layer if key_bias.shape[1] > 1 else 0]
+    return key_bias[:, 0] if key_bias.dim() == 3 and key_bias.shape[1] == 1 else key_bias
 
 
 def refuse_what_the_operator_cannot(dropout: float, kwargs: dict[str, Any]) -> None:

@@ -10,52 +10,59 @@ llava-1.5-*-hf resize and crop without padding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ..families import ImageGrid
 from ..geometry import PixelMap
+from . import decoder
+from .changes import Changes
+from .decoder import key_shape, read
+from .family import ImageSizes, ImageTokens, positions_of_images
+
+__all__ = [
+    "box_convention",
+    "image_keys",
+    "image_tokens",
+    "install",
+    "key_shape",
+    "pixel_map",
+    "read",
+    "vision_encoder",
+]
 
 
-@dataclass(frozen=True)
-class LlavaImageTokens:
-    """See patching.ImageTokens."""
-
-    batch_index: int
-    positions: Tensor
-    pixels: PixelMap
-    token_size: tuple[int, int]
+def install(changes: Changes, model: nn.Module) -> Sequence[nn.Module]:
+    return decoder.install(changes, model, getattr(model, "model", model).language_model)
 
 
-def language_model(model: nn.Module) -> nn.Module:
-    return getattr(model, "model", model).language_model
+def vision_encoder(model: nn.Module) -> nn.Module:
+    return getattr(model, "model", model).vision_tower
 
 
-def image_tokens(
-    model: nn.Module, processor: Any, inputs: Any, image_sizes: list[tuple[int, int]]
-) -> list[LlavaImageTokens]:
-    config = model.config
-    patch = config.vision_config.patch_size
-    leading = 1 if config.vision_feature_select_strategy == "full" else 0  # CLS
+def image_keys(model: nn.Module, inputs: Any) -> Tensor:
+    keys = inputs["input_ids"] == model.config.image_token_id
+    vision, leading = model.config.vision_config, _leading(model)
+    num_keys = leading + (vision.image_size // vision.patch_size) ** 2
+    return keys & ((keys.cumsum(1) - 1) % num_keys >= leading)
+
+
+def image_tokens(model: nn.Module, processor: Any, inputs: Any, image_sizes: ImageSizes) -> list[ImageTokens]:
+    patch, leading = model.config.vision_config.patch_size, _leading(model)
     maps = [pixel_map(processor.image_processor, size) for size in image_sizes]
-    counts = [leading + (m.size[0] // patch) * (m.size[1] // patch) for m in maps]
+    grids = [ImageGrid(pixels, (patch, patch), leading) for pixels in maps]
+    places = positions_of_images(inputs, model.config.image_token_id, [grid.num_keys for grid in grids])
+    return [
+        ImageTokens(i, batch_index, positions[leading:], grid)
+        for i, ((batch_index, positions), grid) in enumerate(zip(places, grids))
+    ]
 
-    # Images appear row by row of the batch, in the order of pixel_values.
-    places = (inputs["input_ids"].cpu() == config.image_token_id).nonzero()  # (number of image tokens, 2)
-    if len(places) != sum(counts):
-        raise ValueError(
-            f"inputs: expected {sum(counts)} image tokens for the {len(image_sizes)} images of image_sizes, "
-            f"got {len(places)}; pass what the processor returned for these images"
-        )
-    tokens = []
-    for pixels, image_places in zip(maps, torch.split(places, counts)):
-        batch_index = int(image_places[0, 0])
-        if bool((image_places[:, 0] != batch_index).any()):
-            raise ValueError("inputs: the image tokens of one image are spread over two sequences of the batch")
-        tokens.append(LlavaImageTokens(batch_index, image_places[leading:, 1], pixels, (patch, patch)))
-    return tokens
+
+def box_convention(processor: Any) -> str:
+    """0..1 of the image padded to a square, as LLaVA was trained; 0..1 of the image for processors that do not pad."""
+    return "unit_padded" if getattr(processor.image_processor, "do_pad", False) else "unit"
 
 
 def pixel_map(image_processor: Any, image_size: tuple[int, int]) -> PixelMap:
@@ -73,3 +80,8 @@ def pixel_map(image_processor: Any, image_size: tuple[int, int]) -> PixelMap:
         crop = image_processor.crop_size
         pixels = pixels.center_crop(crop["height"], crop["width"])
     return pixels
+
+
+def _leading(model: nn.Module) -> int:
+    """CLS tokens before an image's grid."""
+    return 1 if model.config.vision_feature_select_strategy == "full" else 0

@@ -130,8 +130,9 @@ def _show(options: argparse.Namespace, image: Any, box: Box, model: Any, process
     with torch.inference_mode(), finegrain_ops.patch(model, processor) as handle:
         bias = handle.key_bias(inputs, [[box]], sizes, weight=options.weight)
         region = handle.region_mask(inputs, [[box]], sizes)[0]
-        before = _last_row_attention(model, inputs, None)
-        after = _last_row_attention(model, inputs, bias)
+        before, after = (
+            handle.attention_map(inputs, rows=-1, key_bias=b, reduction="mean")[0].cpu() for b in (None, bias)
+        )
         plain, focused = _generate_both(options, model, processor, inputs, bias)
 
     on_image = inputs["input_ids"][0] == model.config.image_token_id
@@ -163,14 +164,6 @@ def _prompt(processor: Any, question: str) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return f"USER: <image>\n{question} ASSISTANT:"
-
-
-def _last_row_attention(model: Any, inputs: Any, bias: Any) -> Any:
-    from ..integrations.attention_reading import LastRowAttention
-
-    reader = LastRowAttention()
-    model(**inputs, key_bias=bias, attention_reader=reader, logits_to_keep=1)
-    return reader.attention[0].cpu()
 
 
 def _on_grid(attention: Any, grid: tuple[int, int]) -> Any:

@@ -156,13 +156,13 @@ def test_attention_mass_moves_by_lambda(llava) -> None:
     with torch.no_grad(), finegrain_ops.patch(model, processor) as handle:
         mask = handle.region_mask(inputs, [[IMAGES["coffee"]]], [(400, 600)])[0]
         bias = handle.key_bias(inputs, [[IMAGES["coffee"]]], [(400, 600)], weight=4.5)
-        for key_bias in (None, bias):
+        for key_bias in (torch.zeros_like(bias), bias):
             seen = []
 
-            def first_layer(module, query, key, bias, scaling, seen=seen) -> None:
-                if module.layer_idx == 0:
-                    scores = scaling * query[0, :, -1:] @ key[0].mT
-                    seen.append(torch.softmax(scores if bias is None else scores + bias[0], -1)[:, 0, mask].sum(-1))
+            def first_layer(call, seen=seen) -> None:
+                if call.layer == 0:
+                    scores = call.scale * call.query[0, :, -1:] @ call.key[0].mT + call.key_bias[0]
+                    seen.append(torch.softmax(scores, -1)[:, 0, mask].sum(-1))
 
             model(**inputs, key_bias=key_bias, attention_reader=first_layer)
             masses.append(seen[0])

@@ -244,7 +244,7 @@ def test_an_exception_inside_with_restores(inputs, bias) -> None:
 
 
 def test_a_failing_patch_changes_nothing(monkeypatch) -> None:
-    from finegrain_ops.integrations import patching
+    from finegrain_ops.integrations import decoder
 
     model = make_model()
     before = state(model)
@@ -252,7 +252,7 @@ def test_a_failing_patch_changes_nothing(monkeypatch) -> None:
     def fail(original):
         raise RuntimeError("half way")
 
-    monkeypatch.setattr(patching, "_forward_that_takes_key_bias", fail)
+    monkeypatch.setattr(decoder, "forward_that_takes_key_bias", fail)
     with pytest.raises(RuntimeError, match="half way"):
         finegrain_ops.patch(model)
     assert state(model) == before
@@ -335,7 +335,7 @@ def test_unsupported_models() -> None:
     from transformers import LlamaForCausalLM
 
     for unsupported in (NotAModel(), LlamaForCausalLM(make_model().config.text_config), None):
-        with pytest.raises(UnsupportedModelError, match=r"patch: expected a model of one of the families \['llava'\]"):
+        with pytest.raises(UnsupportedModelError, match=r"patch: expected a model of one of the families \[.*'llava'"):
             finegrain_ops.patch(unsupported)
 
 
@@ -433,7 +433,7 @@ def test_packed_sequences_are_refused(model, inputs) -> None:
     [
         ([0.0], TypeError, r"key_bias: expected a float tensor \(B, P\), got list"),
         (torch.zeros(2, 23).int(), TypeError, "key_bias: expected a float tensor"),
-        (torch.zeros(23), ValueError, r"key_bias: expected shape \(B, P\), got \(23,\)"),
+        (torch.zeros(23), ValueError, r"key_bias: expected shape \(B, P\), .* got \(23,\)"),
         (torch.zeros(3, 23), ValueError, "key_bias: expected one row per sequence, here 2"),
         (torch.full((2, 23), float("nan")), ValueError, "key_bias: expected values below"),
     ],

@@ -1,0 +1,286 @@
+"""What `patch` returns: makes regions, biases and gates for the model, reads its attention, and removes the patch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..geometry import Box, check_image_size, clip_box, token_coverage, token_mask
+from ..key_bias import log_weight_times_mask
+from ..validation import describe, require_number
+from .attention_reading import AttentionReader, require_layers, rows_to_read
+from .changes import Changes
+from .decoder import per_key
+from .family import Family, ImageTokens, family_of
+from .image_maps import ImageMap, image_map
+
+_COMPLEMENTS = (None, "image", "prompt")
+
+
+class PatchHandle:
+    """A patched model's regions, biases and attention. A context manager: leaving it removes the patch."""
+
+    def __init__(
+        self, model: nn.Module, processor: Any, model_type: str, layers: Sequence[nn.Module], changes: Changes
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.model_type = model_type
+        self.num_layers = len(layers)  # how many attention layers heed a bias
+        self._changes = changes
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.model_type)
+
+    def __enter__(self) -> PatchHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Restores the model exactly. Calling it again does nothing.
+
+        Raises:
+            RuntimeError: something else replaced what patch had put in place; remove that first. Nothing was changed.
+        """
+        self._changes.undo()
+
+    def region_mask(
+        self,
+        inputs: Any,
+        boxes: Sequence[Any],
+        image_sizes: Sequence[tuple[int, int]] | Tensor,
+        soft: bool = False,
+    ) -> Tensor:
+        """M of CoF (arXiv 2412.16869, Sec. II-C): the image tokens that the boxes touch, in the sequence's positions.
+
+        Args:
+            inputs: what the processor returned for the batch (input_ids with the image tokens in place).
+            boxes: for each image, in the order of the prompts, a list of (x0, y0, x1, y1) in pixels of the original
+                image; a single box need not be wrapped, [] is an image without a region. Parts outside the image are
+                clipped.
+            image_sizes: for each image, the original (height, width).
+            soft: give the share of each token's area that the boxes cover, instead of whether they touch it.
+
+        Returns:
+            (B, P) bool, or float32 in [0, 1] with `soft`, on the device of inputs. Of a Q-Former (images, 257): the
+            vision encoder's keys, CLS first.
+
+        Raises:
+            ValueError: a box is malformed or outside its image, or the counts of images, boxes and sizes differ.
+        """
+        sizes, clipped = self._checked_boxes(boxes, image_sizes)
+        return self._mask(inputs, self._image_tokens(inputs, sizes), clipped, soft)
+
+    def key_bias(
+        self,
+        inputs: Any,
+        boxes: Sequence[Any],
+        image_sizes: Sequence[tuple[int, int]] | Tensor,
+        weight: float | Tensor | Sequence[Any] = 2.0,
+        soft: bool = False,
+        complement: str | None = None,
+    ) -> Tensor:
+        """log(weight) * region_mask: what to give to the model as `key_bias`.
+
+        Args:
+            inputs, boxes, image_sizes, soft: see `region_mask`.
+            weight: lambda >= 0: above 1 the region gets more attention, below 1 less, 0 none. A number; a tensor
+                (L, H), (L, 1) or (1, H) with the weight of each of the `num_layers` layers and heads; or for each
+                image a list with the weight of each of its boxes. Where boxes of different weights overlap, the one
+                that moves attention the most holds, and 0 before all.
+            complement: None: the region. "image": every image token outside of it. "prompt": every key outside of it,
+                text included (PASTA, arXiv 2311.02262, which lowers the rest instead of raising the region).
+
+        Returns:
+            (B, P) float32; with a tensor of weights (B, L or 1, H or 1, P).
+        """
+        if complement not in _COMPLEMENTS:
+            raise ValueError(f'complement: expected None, "image" or "prompt", got {complement!r}')
+        if isinstance(weight, (list, tuple)):
+            if complement is not None:
+                raise ValueError("weight: expected a number or a tensor with complement, got a list with one per box")
+            return self._bias_of_weighted_boxes(inputs, boxes, image_sizes, weight, soft)
+        mask = self.region_mask(inputs, boxes, image_sizes, soft=soft).float()
+        if complement is not None:
+            within = self.family.image_keys(self.model, inputs) if complement == "image" else torch.ones_like(mask)
+            mask = within.to(mask.dtype) * (1.0 - mask)
+        if not isinstance(weight, Tensor) or weight.dim() == 0:
+            return log_weight_times_mask(_weight(weight, "weight"), mask)
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.shape[0] not in (1, self.num_layers):
+            raise ValueError(
+                f"weight: expected a number, or a float tensor (L, H), (L, 1) or (1, H) with L = {self.num_layers}, "
+                f"got {describe(weight)}"
+            )
+        if not bool((weight >= 0).all() & weight.isfinite().all()):
+            raise ValueError("weight: expected finite numbers >= 0, got others in the tensor")
+        return log_weight_times_mask(weight.to(mask.device)[None, :, :, None], mask[:, None, None, :])
+
+    def row_gate(self, inputs: Any, rows: str = "after_image") -> Tensor | None:
+        """In which rows the bias acts: what to give to the model as `row_gate`, beside key_bias.
+
+        Args:
+            inputs: see `region_mask`.
+            rows: "after_image": from the last image token of each sequence on, so that the image's own hidden states
+                stay what they are without a bias. "all": every row.
+
+        Returns:
+            (B, P) bool, or None for "all". Generated tokens are always biased.
+        """
+        if rows == "all":
+            return None
+        if rows != "after_image":
+            raise ValueError(f'rows: expected "all" or "after_image", got {rows!r}')
+        if "input_ids" not in inputs or tuple(inputs["input_ids"].shape) != self._key_shape(inputs):
+            raise ValueError(
+                f'rows: expected "all" for model_type {self.model_type!r}, whose rows are queries of their own, not '
+                "positions of the prompt"
+            )
+        keys = self.family.image_keys(self.model, inputs)
+        return keys.flip(1).cumsum(1).flip(1) == 0
+
+    def attention_map(
+        self,
+        inputs: Any,
+        *,
+        rows: Tensor | Sequence[int] | int | None = None,
+        layers: Sequence[int] | int | None = None,
+        key_bias: Tensor | None = None,
+        row_gate: Tensor | None = None,
+        reduction: str = "sum",
+    ) -> Tensor:
+        """The attention that each image token receives, read in one forward pass without a Q x K matrix.
+
+        TinyGroundingGPT's picture (its Sec. A.8) is rows = the tokens of an object's text or box, layers=-1;
+        ViCrop (arXiv 2502.17422) and API prompting (arXiv 2409.17143) read rows=-1 at one layer.
+
+        Args:
+            inputs: see `region_mask`.
+            rows: which positions' attention counts: (P,) or (B, P) bool, a position or a list of them (negative from
+                the end: -1 predicts the next token); None: all but padding. Of a Q-Former, its query tokens.
+            layers: indices of the `num_layers` layers, negative from the end; None: all.
+            key_bias, row_gate: as for the model's forward, to read attention while it is steered.
+            reduction: "sum" over layers, heads and rows; "mean" divides that by their number; "none" sums over rows
+                only.
+
+        Returns:
+            (B, P) float32, 0 where no image token is; with "none" (B, layers, H, P). It carries gradients to whatever
+            float input requires them (ControlMLLM, arXiv 2407.21534).
+        """
+        shape = self._key_shape(inputs)
+        image_keys = self.family.image_keys(self.model, inputs)
+        if key_bias is None:
+            key_bias = torch.zeros(shape, device=image_keys.device)
+        reader = AttentionReader(
+            require_layers(layers, self.num_layers),
+            lambda num_rows: rows_to_read(rows, inputs, shape, num_rows),
+            reduction,
+        )
+        gate = {} if row_gate is None else {"row_gate": row_gate}
+        self.family.read(self.model, inputs, key_bias=key_bias, attention_reader=reader, **gate)
+        attention = reader.attention
+        return attention * per_key(image_keys, attention).to(attention)
+
+    def image_maps(
+        self, inputs: Any, attention: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor
+    ) -> list[ImageMap]:
+        """(B, P) values of the image tokens, such as `attention_map` gives, as one map per image in its own pixels.
+
+        Where an image is several grids of tokens, the values of a place are added on the finest grid.
+        """
+        sizes = self._checked_sizes(image_sizes)
+        shape = self._key_shape(inputs)
+        if not isinstance(attention, Tensor) or tuple(attention.shape) != shape:
+            raise ValueError(
+                f"attention: expected (B, P) = {shape} as attention_map gives it, got {describe(attention)}"
+            )
+        values = attention.detach().cpu()
+        grids: list[list[ImageTokens]] = [[] for _ in sizes]
+        for tokens in self._image_tokens(inputs, sizes):
+            grids[tokens.image_index].append(tokens)
+        return [image_map([(t.grid, values[t.batch_index, t.positions]) for t in of_image]) for of_image in grids]
+
+    # --- how ---
+
+    def _key_shape(self, inputs: Any) -> tuple[int, int]:
+        return self.family.key_shape(self.model, inputs)
+
+    def _image_tokens(self, inputs: Any, sizes: list[tuple[int, int]]) -> Sequence[ImageTokens]:
+        if self.processor is None:
+            raise ValueError(
+                "region_mask: the patch has no processor, which tells the image geometry; call patch(model, processor)"
+            )
+        return self.family.image_tokens(self.model, self.processor, inputs, sizes)
+
+    def _checked_sizes(self, image_sizes: Sequence[tuple[int, int]] | Tensor) -> list[tuple[int, int]]:
+        return [check_image_size(size, f"image_sizes[{i}]") for i, size in enumerate(image_sizes)]
+
+    def _checked_boxes(
+        self, boxes: Sequence[Any], image_sizes: Sequence[tuple[int, int]] | Tensor
+    ) -> tuple[list[tuple[int, int]], list[list[Box]]]:
+        sizes = self._checked_sizes(image_sizes)
+        if len(boxes) != len(sizes):
+            raise ValueError(
+                f"boxes: expected one list of boxes per image, {len(sizes)} as in image_sizes, got {len(boxes)}"
+            )
+        return sizes, [_clipped_boxes(entry, size, f"boxes[{i}]") for i, (entry, size) in enumerate(zip(boxes, sizes))]
+
+    def _mask(self, inputs: Any, images: Sequence[ImageTokens], boxes: Sequence[Sequence[Box]], soft: bool) -> Tensor:
+        """(B, P); boxes are clipped, one list per image."""
+        mask = torch.zeros(self._key_shape(inputs), dtype=torch.float32 if soft else torch.bool)
+        touched = [not image_boxes for image_boxes in boxes]
+        for tokens in images:
+            pixels, token_size = tokens.grid.pixels, tokens.grid.token_size
+            on_grid = (token_coverage if soft else token_mask)(boxes[tokens.image_index], pixels, token_size)
+            mask[tokens.batch_index, tokens.positions] = on_grid.flatten()
+            touched[tokens.image_index] |= bool(on_grid.any())
+        for i in (i for i, is_touched in enumerate(touched) if not is_touched):
+            warnings.warn(
+                f"boxes[{i}] lie wholly in what the image processor crops away: the model sees nothing of them, "
+                "and no token is in the region",
+                stacklevel=3,
+            )
+        return mask.to(self.family.image_keys(self.model, inputs).device)
+
+    def _bias_of_weighted_boxes(
+        self, inputs: Any, boxes: Any, image_sizes: Any, weights: Sequence[Any], soft: bool
+    ) -> Tensor:
+        sizes, clipped = self._checked_boxes(boxes, image_sizes)
+        if len(weights) != len(clipped):
+            raise ValueError(f"weight: expected a list for each of the {len(clipped)} images, got {len(weights)}")
+        of_boxes = []
+        for i, (of_image, image_boxes) in enumerate(zip(weights, clipped)):
+            of_image = list(of_image) if isinstance(of_image, (list, tuple)) else [of_image] * len(image_boxes)
+            if len(of_image) != len(image_boxes):
+                raise ValueError(
+                    f"weight[{i}]: expected one number for each of its {len(image_boxes)} boxes, got {len(of_image)}"
+                )
+            of_boxes.append([_weight(w, f"weight[{i}][{k}]") for k, w in enumerate(of_image)])
+        images = self._image_tokens(inputs, sizes)
+        bias = torch.zeros(self._key_shape(inputs))
+        for weight in sorted({w for of_image in of_boxes for w in of_image}):
+            chosen = [[box for box, w in zip(*pair) if w == weight] for pair in zip(clipped, of_boxes)]
+            of_weight = log_weight_times_mask(weight, self._mask(inputs, images, chosen, soft).float().cpu())
+            bias = torch.where(of_weight.abs() > bias.abs(), of_weight, bias)
+        return bias.to(self.family.image_keys(self.model, inputs).device)
+
+
+def _weight(weight: object, name: str) -> float:
+    return require_number(weight, name, minimum=0.0, what="a finite number >= 0")
+
+
+def _clipped_boxes(entry: Any, image_size: tuple[int, int], name: str) -> list[Box]:
+    """One image's boxes: a list of boxes, one box, or a tensor of either."""
+    if isinstance(entry, Tensor):
+        entry = entry.tolist()
+    if entry is None or isinstance(entry, (str, bytes)) or not hasattr(entry, "__len__"):
+        raise ValueError(f"{name}: expected a list of (x0, y0, x1, y1) boxes, [] for none, got {describe(entry)}")
+    if len(entry) == 4 and not any(hasattr(edge, "__len__") for edge in entry):
+        return [clip_box(entry, image_size, name)]
+    return [clip_box(box, image_size, f"{name}[{k}]") for k, box in enumerate(entry)]
