@@ -15,6 +15,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
+LMMS_EVAL ?= .venv-lmms-eval
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
@@ -27,6 +28,7 @@ demo_ready := $(VENV)/.demo-ready
 test_ready := $(VENV)/.test-ready
 dev_ready := $(VENV)/.dev-ready
 test4_ready := $(VENV4)/.test-ready
+lmms_eval_ready := $(LMMS_EVAL)/.ready
 
 .PHONY: demo test test-slow aot bench bench-report gpu lint clean
 
@@ -34,10 +36,12 @@ demo: $(demo_ready)
 	$(VENV)/bin/python -m finegrain_ops demo $(DEMO_FLAGS)
 
 # The Triton kernels run in the interpreter, which must be chosen before they are imported: a process of their own.
-test: $(test_ready) $(test4_ready)
+# lmms-eval has an environment of its own, so that the other tests run without it, as users do.
+test: $(test_ready) $(test4_ready) $(lmms_eval_ready)
 	$(VENV)/bin/python -m pytest $(WORKERS) $(TEST_FLAGS)
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m triton $(TEST_FLAGS)
-	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations $(TEST_FLAGS)
+	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations tests/methods $(TEST_FLAGS)
+	$(LMMS_EVAL)/bin/python -m pytest tests/integrations/test_lmms_eval.py $(TEST_FLAGS)
 	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
 	$(VENV)/bin/python -m bench.cuda_aot $(CUDA_AOT_FLAGS)
 
@@ -89,5 +93,14 @@ $(test4_ready): pyproject.toml constraints/common.txt constraints/transformers4.
 	$(VENV4)/bin/python -m pip install $(PIP_FLAGS) --constraint constraints/transformers4.txt --editable ".[test]"
 	touch $@
 
+# Its environment sees the packages of $(VENV), but not the other way round.
+$(lmms_eval_ready): constraints/lmms_eval.txt $(test_ready)
+	@echo "Installing lmms-eval into $(LMMS_EVAL) ..."
+	$(VENV)/bin/python -m venv --clear $(LMMS_EVAL)
+	$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> "$$($(LMMS_EVAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-the-tests.pth"
+	$(LMMS_EVAL)/bin/python -m pip install $(PIP_FLAGS) --no-deps --requirement constraints/lmms_eval.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(VENV4) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
+	rm -rf $(VENV) $(VENV4) $(LMMS_EVAL) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png

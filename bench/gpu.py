@@ -34,6 +34,8 @@ TESTS = (
     "tests/triton_kernels",
     "tests/cuda_backend/test_on_device.py",
 )
+MODEL_TESTS = "tests/integrations/test_models_on_device.py"
+MODELS_NEED = ("transformers", "PIL")
 NEEDED = {"torch": "PyTorch", "triton": "Triton", "pytest": "pytest"}
 HELPFUL = {
     "xdist": ("pytest-xdist", "the tests run one after another, and fewer of them fit into their time"),
@@ -42,7 +44,7 @@ HELPFUL = {
     "rich": ("rich", "rows are stored, but no tables printed"),
     "PIL": ("Pillow", "the tests of crop_resize, which compare with it, and its peers on the host are left out"),
     "cpuinfo": ("py-cpuinfo", "rows name the CPU less exactly"),
-    "transformers": ("transformers", "rows name no version of it"),
+    "transformers": ("transformers", "models are neither tested nor measured"),
 }
 _SANITIZER = "compute-sanitizer"
 _FOUND_ERRORS = 99  # the exit status that it is told to end with
@@ -140,6 +142,8 @@ def missing_packages() -> list[str]:
 
 def tests_command(jobs: int) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:benchmark", *TESTS]
+    if all(importlib.util.find_spec(module) is not None for module in MODELS_NEED):
+        command.append(MODEL_TESTS)
     if importlib.util.find_spec("xdist") is not None and jobs > 1:
         command += ["-n", str(jobs), "--maxfail=20"]
     return command

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .cases import cases_for
 from .crop_cases import crop_cases_for
-from .operations import BOUND_BY_MEMORY, OPERATIONS, TITLES
+from .generate_cases import generate_cases_for
+from .operations import BOUND_BY_MEMORY, GENERATE_OPERATIONS, OPERATIONS, TITLES
 from .peers import ours, ours_unbiased
 from .tables import (
     grouped,
@@ -75,9 +76,10 @@ def _ceiling_lines(rows: list[dict]) -> list[str]:
 
 def _summary(rows: list[dict]) -> str:
     """What the columns are, and over all cases ours against the base and against our own kernel without bias."""
-    by_operation = (
-        "GB/s (of the copy)" if rows[0]["operation"] in BOUND_BY_MEMORY else "TFLOP/s (of the matrix product)"
-    )
+    operation = rows[0]["operation"]
+    by_operation = "GB/s (of the copy)" if operation in BOUND_BY_MEMORY else "TFLOP/s (of the matrix product)"
+    if operation in GENERATE_OPERATIONS:
+        by_operation = "tokens per second"
     bases = dict.fromkeys(row["base"] for row in rows if row["reason"] is None and row.get("base"))
     text = f"Median ms and its ratio to {' or '.join(bases)} in the same round (20th to 80th percentile)"
     text += f", and {by_operation}." if any(map(has_speed, rows)) else "."
@@ -149,7 +151,7 @@ def _cuda_to_mask(case_rows: list[dict]) -> float | None:
 
 def _speed_cell(row: dict) -> str:
     value, share = speed(row)
-    return f"{value} ({share})" if value else ""
+    return f"{value} ({share})" if share else value
 
 
 def _name(case: dict) -> str:
@@ -175,7 +177,7 @@ def _shown(cases: list[list[dict]]) -> list[list[dict]]:
     if len(cases) <= _MOST_LINES:
         return cases
     device_type = cases[0][0]["machine"]["device"]
-    quick = {case.id for find in (cases_for, crop_cases_for) for case in find(device_type, "quick")}
+    quick = {case.id for find in (cases_for, crop_cases_for, generate_cases_for) for case in find(device_type, "quick")}
     return [case_rows for case_rows in cases if case_rows[0]["case"]["id"] in quick] or cases[:_MOST_LINES]
 
 

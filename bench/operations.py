@@ -14,6 +14,8 @@ of the ceiling may exceed 1.
 
 crop_resize counts no FLOPs, since peers differ in what they compute, but the fewest bytes that it moves: every pixel
 within any box read once, the result written once. On a CPU arithmetic and not memory is its limit.
+
+Whole answers of a model count tokens: prefill those of the prompts, padding not, decode the new ones.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from .cases import AttentionCase
     from .ceilings import Ceilings
     from .crop_cases import CropCase
+    from .generate_cases import GenerateCase
 
 FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
     "forward",
@@ -34,7 +37,8 @@ FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
     "masked",
 )
 CROP_RESIZE = "crop_resize"
-OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE)
+GENERATE_PREFILL, GENERATE_DECODE = GENERATE_OPERATIONS = ("generate-prefill", "generate-decode")
+OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE, *GENERATE_OPERATIONS)
 BOUND_BY_MEMORY = (DECODE, CROP_RESIZE)
 
 TITLES = {
@@ -45,6 +49,8 @@ TITLES = {
     READ_OUT: "Read-out (attention_map)",
     MASKED: "Forward, the CUDA C++ kernels against a mask tensor",
     CROP_RESIZE: "Regions cropped, resized and normalised (crop_resize)",
+    GENERATE_PREFILL: "A model's prompt up to the first token (generate)",
+    GENERATE_DECODE: "A model's further tokens (generate)",
 }
 
 _FORWARDS_OF_WORK = {BACKWARD: 3.5}
@@ -71,12 +77,14 @@ def decode_bytes(case: AttentionCase) -> int:
     return case.batch * (cache + query_and_output) * case.head_dim * case.dtype.itemsize
 
 
-def speed(case: AttentionCase | CropCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def speed(case: AttentionCase | CropCase | GenerateCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
     """The fields of a row that follow from its time: TFLOP/s, of what memory binds GB/s, and the share of the machine's
-    ceiling.
+    ceiling; of whole answers tokens per second.
 
     The ceiling is that of a large matrix product or of a device copy; both are of the same run.
     """
+    if case.operation in GENERATE_OPERATIONS:
+        return {"tokens_per_s": _rounded(1e3 * case.num_tokens / milliseconds)}
     if case.operation == CROP_RESIZE:
         return _memory_speed(case.num_bytes(), milliseconds, ceilings)
     tflops = flops(case) / milliseconds / 1e9

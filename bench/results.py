@@ -11,11 +11,12 @@ from pathlib import Path
 from .cases import AttentionCase
 from .ceilings import Ceilings
 from .crop_cases import CropCase
-from .operations import CROP_RESIZE, FORWARD, READ_OUT, speed
+from .generate_cases import GenerateCase
+from .operations import CROP_RESIZE, FORWARD, GENERATE_OPERATIONS, READ_OUT, speed
 from .peers import SDPA_UNBIASED, Peer, base_peer
 from .sampling import Percentiles, percentiles
 
-Case = AttentionCase | CropCase
+Case = AttentionCase | CropCase | GenerateCase
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -104,6 +105,8 @@ def slug(machine: dict) -> str:
 
 
 def operator(row: dict) -> str:
+    if row["operation"] in GENERATE_OPERATIONS:
+        return "generate"
     return "crop-resize" if row["operation"] == CROP_RESIZE else "attention"
 
 

@@ -96,7 +96,16 @@ def _listed(ids: list[str]) -> str:
 
 
 def shape(case: dict) -> str:
+    if "prompt_tokens" in case:
+        return _model_shape(case)
     return _crop_shape(case) if "num_boxes" in case else _attention_shape(case)
+
+
+def _model_shape(case: dict) -> str:
+    model = case["shape"]
+    heads = f"{model['heads']}" + (f"/{model['kv_heads']}" if model["kv_heads"] != model["heads"] else "")
+    batch = f"B={case['batch']}{' padded' if case['is_padded'] else ''} N={case['prompt_tokens']}"
+    return f"{batch}, {model['layers']} layers of {model['hidden']}, {heads} heads"
 
 
 def _crop_shape(case: dict) -> str:
@@ -120,13 +129,15 @@ def _attention_shape(case: dict) -> str:
 
 def has_speed(row: dict) -> bool:
     """Not the rows that are older than these fields, nor what did not run."""
-    return "share_of_ceiling" in row
+    return "share_of_ceiling" in row or "tokens_per_s" in row
 
 
 def speed(row: dict) -> tuple[str, str]:
-    """TFLOP/s, of what memory binds GB/s, and the share of the ceiling; empty for rows without."""
+    """TFLOP/s, of what memory binds GB/s, and the share of the ceiling; tokens per second; empty for rows without."""
     if not has_speed(row):
         return "", ""
+    if "tokens_per_s" in row:
+        return f"{row['tokens_per_s']:.4g} tokens/s", ""
     value = f"{row['gb_per_s']:.3g} GB/s" if "gb_per_s" in row else f"{row['tflops']:.3g} TFLOP/s"
     return value, f"{row['share_of_ceiling']:.0%}"
 

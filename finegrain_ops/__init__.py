@@ -2,7 +2,8 @@
 
 The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
 `finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`, and the tokens that they
-touch: `finegrain_ops.families`. Hugging Face models: `patch`, `preprocess`.
+touch: `finegrain_ops.families`. Hugging Face models: `patch`, `preprocess`. Methods that answer questions with them:
+`CoF`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
@@ -27,8 +28,11 @@ from .readout import attention_map  # noqa: E402
 if TYPE_CHECKING:
     from .integrations.image_processors import preprocess
     from .integrations.patching import patch
+    from .methods.cof import CoF, CoFResult
 
 __all__ = [
+    "CoF",
+    "CoFResult",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "__version__",
@@ -54,4 +58,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.image_processors import preprocess
 
         return preprocess
+    if name in ("CoF", "CoFResult"):
+        from .methods import cof
+
+        return getattr(cof, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,6 +4,9 @@
 |----------------------|----------------------------------------------------|------------------------------------------|
 | llava                | shorter side to 336, 336 x 336 cut from the centre | 24 x 24                                  |
 | llava, do_pad=True   | padded to a square, resized to 336 x 336           | 24 x 24                                  |
+| llava_next           | resized to 336 x 336                               | 24 x 24                                  |
+|                      | and resized and padded to some tiles of 336 x 336  | 24 x 24 each, without whole rows of them |
+|                      |                                                    | that are padding, a newline after a row  |
 | instructblip, blip2  | resized to 224 x 224                               | CLS + 16 x 16, keys of the Q-Former      |
 | qwen_vl              | resized to 448 x 448                               | 32 x 32, resampled by 16 x 16 queries    |
 | qwen2_vl, qwen2_5_vl | `smart_resize` to multiples of 28                  | height / 28 x width / 28 after the merge |
@@ -62,6 +65,56 @@ def llava(image_size: tuple[int, int], *, do_pad: bool = False, side: int = 336,
     else:
         pixels = pixels.resize_shortest_edge(side).center_crop(side, side)
     return ImageGrid(pixels, (patch_size, patch_size))
+
+
+LLAVA_NEXT_PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
+
+
+def llava_next(
+    image_size: tuple[int, int],
+    *,
+    side: int = 336,
+    patch_size: int = 14,
+    grid_pinpoints: Sequence[tuple[int, int]] = LLAVA_NEXT_PINPOINTS,
+) -> tuple[ImageGrid, ImageGrid]:
+    """LLaVA-NeXT (Liu et al., 2024): the grid of the whole image, and that of its tiles put together.
+
+    The tiles hold the image resized within the best of `grid_pinpoints`, (height, width) each, and padded. Of their
+    rows or columns of tokens as many go, alike on both sides, as are padding by the image's own proportions: a rounded
+    number, so that a row of padding may stay, and one that shows the edge of the image may go.
+
+    The tokens of an image are those of the first grid, then those of the second, where a newline ends every row.
+    """
+    image = _of_image(image_size)
+    height, width = best_resolution(image.size, grid_pinpoints)
+    rows, columns = _without_padding(image.size, height // patch_size, width // patch_size)
+    tiles = image.resize_within(height, width).pad(height, width).center_crop(rows * patch_size, columns * patch_size)
+    token_size = patch_size, patch_size
+    return ImageGrid(image.resize(side, side), token_size), ImageGrid(tiles, token_size)
+
+
+def best_resolution(image_size: tuple[int, int], grid_pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """The (height, width) into which most of the image's own pixels fit, and of several such the smallest, the first.
+
+    Computed in floats as transformers' `select_best_resolution` does.
+    """
+
+    def fits(pinpoint: Sequence[int]) -> tuple[int, int]:
+        scale = min(pinpoint[1] / image_size[1], pinpoint[0] / image_size[0])
+        pixels = min(int(image_size[1] * scale) * int(image_size[0] * scale), image_size[0] * image_size[1])
+        return pixels, pixels - pinpoint[0] * pinpoint[1]
+
+    height, width = max(grid_pinpoints, key=fits)
+    return height, width
+
+
+def _without_padding(image_size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+    """How many of the rows and columns of tokens stay, computed in floats as transformers' `unpad_image` does."""
+    if image_size[1] / image_size[0] > columns / rows:
+        shown = int(round(image_size[0] * (columns / image_size[1]), 7))
+        return rows - (rows - shown) // 2 * 2, columns
+    shown = int(round(image_size[1] * (rows / image_size[0]), 7))
+    return rows, columns - (columns - shown) // 2 * 2
 
 
 def instructblip(image_size: tuple[int, int]) -> ImageGrid:

@@ -65,9 +65,7 @@ class PixelMap:
 
     def pad_to_square(self) -> PixelMap:
         """Centred on a square of the longer side; an odd remainder leaves the larger margin after the image."""
-        side = max(self.size)
-        y, x = (axis.padded((side - axis.length) // 2, side) for axis in (self.y, self.x))
-        return PixelMap(y, x)
+        return self.pad(max(self.size), max(self.size))
 
     def resize_shortest_edge(self, edge: int) -> PixelMap:
         """Shorter side to `edge`, the other to int(edge * long / short) computed in floats, as image processors do."""
@@ -78,6 +76,20 @@ class PixelMap:
 
     def resize(self, height: int, width: int) -> PixelMap:
         return PixelMap(self.y.resized(height), self.x.resized(width))
+
+    def resize_within(self, height: int, width: int) -> PixelMap:
+        """To fill height or width and stay within the other, which is rounded up, computed in floats as LLaVA-NeXT's
+        image processors do.
+        """
+        by_height, by_width = height / self.y.length, width / self.x.length
+        if by_width < by_height:
+            return self.resize(min(math.ceil(self.y.length * by_width), height), width)
+        return self.resize(height, min(math.ceil(self.x.length * by_height), width))
+
+    def pad(self, height: int, width: int) -> PixelMap:
+        """Centred on an area of that size; an odd remainder leaves the larger margin after the image."""
+        y, x = (axis.padded((side - axis.length) // 2, side) for axis, side in ((self.y, height), (self.x, width)))
+        return PixelMap(y, x)
 
     def smart_resize(self, factor: int, min_pixels: int, max_pixels: int) -> PixelMap:
         """To multiples of `factor`, as Qwen2-VL does; see `smart_resize` below."""

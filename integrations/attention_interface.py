@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..attention import reweighted_attention
+from .. import ops
+from ..arguments import any_requires_grad, autocast
 from ..errors import UnsupportedInputError, UnsupportedModelError
 
 NAME = "finegrain_ops"
@@ -58,11 +59,11 @@ class AttentionCall:
     layer: int  # its place among the patched layers
     query: Tensor  # (B, H, Q, D)
     key: Tensor  # (B, Hkv, K, D), the cache in it
-    key_bias: Tensor | None  # (B, K) or (B, H, K)
+    key_bias: Tensor  # (B, K) or (B, H, K)
     key_padding_mask: Tensor | None  # (B, K); None: padding is -inf in key_bias
     row_gate: Tensor | None  # (B, Q)
     is_causal: bool
-    scale: float | None
+    scale: float
 
 
 def attention(
@@ -106,21 +107,34 @@ def attention(
         key_padding_mask=None if key_padding_mask is None else key_padding_mask.to(query.device),
         row_gate=None if row_gate is None else row_gate.to(query.device),
         is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        scale=scaling,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     if attention_reader is not None:
         attention_reader(call)
-    output = reweighted_attention(
+    return attend(call, value[:, :, :num_keys]).transpose(1, 2).contiguous(), None
+
+
+def attend(call: AttentionCall, value: Tensor) -> Tensor:
+    """(B, H, Q, D): `reweighted_attention` without its checks, which cost a decode step more than its arithmetic. What
+    comes from the caller was checked once for all layers (decoder.py), the rest is the layer's own.
+    """
+    query, key, value = autocast(call.query, call.key, value)
+    bias = call.key_bias[:, None] if call.key_bias.dim() == 2 else call.key_bias
+    needs_grad = any_requires_grad(query, key, value, bias)
+    output, _ = ops.reweighted_attention(
         query,
-        call.key,
-        value[:, :, :num_keys],
-        key_bias=call.key_bias,
-        key_padding_mask=call.key_padding_mask,
-        row_gate=call.row_gate,
-        is_causal=call.is_causal,
-        scale=scaling,
+        key,
+        value,
+        bias,
+        call.key_padding_mask,
+        call.row_gate,
+        call.is_causal,
+        call.scale,
+        needs_grad,
+        needs_grad,
+        "auto",
     )
-    return output.transpose(1, 2).contiguous(), None
+    return output
 
 
 def bias_of_layer(key_bias: Tensor, layer: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ _REDUCTIONS = ("sum", "mean", "none")
 class AttentionReader:
     """Collects the attention that every key receives from chosen rows, in chosen layers. Memory is B x H x K a layer.
 
-    `rows(number of rows)` gives (B, rows) bool. The forward pass needs a key_bias, of 0 where nothing is to be steered:
-    only with it do the layers know of padding.
+    For one forward pass: of several, the last one's. `rows(number of rows)` gives (B, rows) bool. The pass needs a
+    key_bias, of 0 where nothing is to be steered: only with it do the layers know of padding.
     """
 
     def __init__(self, layers: Sequence[int], rows: Callable[[int], Tensor], reduction: str = "sum") -> None:
@@ -32,9 +33,11 @@ class AttentionReader:
     def __call__(self, call: AttentionCall) -> None:
         if call.layer not in self._layers:
             return
-        rows = self._rows(call.query.shape[2]).to(call.query.device)
-        query, first = call.query, int(rows.any(0).nonzero()[0, 0]) if bool(rows.any()) else 0
-        # The last rows alone see the same keys; the others need not be computed.
+        query = call.query
+        rows = self._rows(query.shape[2]).to(query.device)
+        # Rows before the first that counts need not be computed: the causal mask is aligned at the last row.
+        chosen = rows.any(0).nonzero()
+        first = int(chosen[0, 0]) if len(chosen) else 0
         self._per_layer[call.layer] = attention_map(
             query[:, :, first:],
             call.key,
@@ -49,7 +52,9 @@ class AttentionReader:
 
     @property
     def attention(self) -> Tensor:
-        """(B, K), or (B, layers, H, K) in the order of `layers` for the reduction "none"; float32."""
+        """(B, K); with the reduction "none" (B, layers, H, K) in the order of `layers`. float32, or float64 as the
+        model is.
+        """
         if len(self._per_layer) != len(set(self._layers)):
             raise RuntimeError(
                 "attention_reader was not called in every layer: give it to the forward of a patched model"
@@ -62,13 +67,10 @@ class AttentionReader:
 
 
 def require_layers(layers: Sequence[int] | int | None, num_layers: int) -> list[int]:
-    """Indices from 0 on."""
+    """Indices from 0 on, each once."""
     if layers is None:
         return list(range(num_layers))
-    chosen = [layers] if isinstance(layers, int) and not isinstance(layers, bool) else layers
-    if isinstance(chosen, (str, bytes)) or not hasattr(chosen, "__iter__") or isinstance(chosen, bool):
-        raise TypeError(f"layers: expected an index or a list of them, got {describe(layers)}")
-    chosen = [_index(layer, num_layers, "layers") for layer in chosen]
+    chosen = [_index(layer, num_layers, "layers") for layer in _listed(layers, "layers", "an index or a list of them")]
     if not chosen:
         raise ValueError("layers: expected at least one, got an empty list; None reads all of them")
     return list(dict.fromkeys(chosen))
@@ -89,19 +91,34 @@ def rows_to_read(
                 f"rows: expected ({num_rows},) or ({batch}, {num_rows}) bool, got shape {tuple(rows.shape)}"
             )
         return rows.to(within.device).expand(batch, num_rows) & within
-    chosen = rows.tolist() if isinstance(rows, Tensor) else rows
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    if isinstance(chosen, (str, bytes)) or not hasattr(chosen, "__iter__"):
-        raise TypeError(f"rows: expected a bool tensor, a position or a list of positions, got {describe(rows)}")
     selected = torch.zeros(num_rows, dtype=torch.bool, device=within.device)
-    for row in chosen:
+    for row in _listed(rows, "rows", "a bool tensor, a position or a list of positions"):
         selected[_index(row, num_rows, "rows")] = True
-    return selected & within
+    if not bool(selected.any()):
+        raise ValueError("rows: expected at least one position, got none; None reads all of them")
+    counted = selected & within
+    if not bool(counted.any(1).all()):
+        raise ValueError(
+            f"rows: expected positions that are not padding, got {describe(rows)}, which is nothing but padding in "
+            f"sequence {int((~counted.any(1)).nonzero()[0, 0])}; pad on the left, or give (B, P) bool"
+        )
+    return counted
+
+
+def _listed(value: Any, name: str, expected: str) -> list[Any]:
+    """The entries of a list or an integer tensor; of one number, that."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return [value]
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    return list(value)
 
 
 def _index(value: object, length: int, name: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}: expected integers, got {describe(value)}")
-    if not -length <= value < length:
+    if not -length <= int(value) < length:
         raise ValueError(f"{name}: expected {-length} to {length - 1}, got {value}")
-    return value % length
+    return int(value) % length

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UnsupportedInputError, UnsupportedModelError
-from ..validation import describe
+from ..validation import describe, require_values
 from .attention_interface import LAYER, interface_config
 from .changes import Changes, bound_to
 
@@ -140,13 +141,9 @@ def _forward_with_bias(original: Callable[..., Any], num_layers: int, num_heads:
     return forward
 
 
-def _num_keys(new_tokens: Tensor, attention_mask: object, position_ids: Tensor | None, cache: Any) -> int:
+def _num_keys(new_tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Any) -> int:
     """How many keys there are after this pass. Refuses what could not be biased right."""
-    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
-        raise UnsupportedInputError(
-            f"key_bias needs a 2-D attention_mask (B, K), or none, got {describe(attention_mask)}; "
-            "a mask of its own per row cannot be combined with key_bias"
-        )
+    require_padding_mask(attention_mask)
     if position_ids is not None and position_ids.dim() == 3:  # M-RoPE: the text's own positions come first, or not
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
     may_be_packed = attention_mask is None and cache is None and position_ids is not None
@@ -168,7 +165,7 @@ def bias_over_all_keys(
     if key_bias.shape[0] != batch:
         raise ValueError(f"key_bias: expected one row per sequence, here {batch}, got shape {tuple(key_bias.shape)}")
     length = key_bias.shape[-1]
-    bias = key_bias.to(device=new_tokens.device, dtype=torch.float32)
+    bias = require_bias_values(key_bias).to(device=new_tokens.device, dtype=torch.float32)
     bias = F.pad(bias, (0, num_keys - length)) if length < num_keys else bias[..., :num_keys]
     if attention_mask is None:
         return bias, None
@@ -233,6 +230,20 @@ def check_key_bias(key_bias: object) -> None:
         )
     if not 2 <= key_bias.dim() <= 4:
         raise ValueError(f"key_bias: expected shape {BIAS_SHAPES}, got {tuple(key_bias.shape)}")
+
+
+def require_padding_mask(attention_mask: object) -> None:
+    if attention_mask is not None and (not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2):
+        raise UnsupportedInputError(
+            f"key_bias needs a 2-D attention_mask (B, K), or none, got {describe(attention_mask)}; "
+            "a mask of its own per row cannot be combined with key_bias"
+        )
+
+
+def require_bias_values(key_bias: Tensor) -> Tensor:
+    """Once for all layers; they do not check."""
+    largest = torch.finfo(key_bias.dtype).max
+    return require_values(key_bias, "key_bias", -math.inf, largest, "values below +inf and no NaN")
 
 
 def require_layers_and_heads(key_bias: Tensor, num_layers: int, num_heads: int | None) -> None:

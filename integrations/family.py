@@ -17,7 +17,14 @@ from ..families import ImageGrid
 from .changes import Changes
 
 FAMILIES = {  # model_type -> module beside this one
+    "blip-2": "instructblip",
+    "instructblip": "instructblip",
     "llava": "llava",
+    "llava_next": "llava_next",
+    "qwen": "qwen_vl",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_vl",
+    "qwen3_vl": "qwen2_vl",
 }
 
 ImageSizes = list[tuple[int, int]]  # original (height, width) of each image

@@ -49,7 +49,10 @@ def _edges(axis: AxisMap, token: int) -> list[Fraction]:
 
 
 def _shares(coarse: list[Fraction], fine: list[Fraction]) -> Tensor:
-    """(coarse tokens, fine tokens): the share of each coarse one that lies in each fine one."""
+    """(coarse tokens, fine tokens): the share of each coarse one that lies in each fine one. What lies beyond all fine
+    ones, where LLaVA-NeXT cuts the edge of an image off its tiles, goes to those at the border.
+    """
+    fine = [min(fine[0], coarse[0]), *fine[1:-1], max(fine[-1], coarse[-1])]
     shares = [
         [float(max(Fraction(0), min(c1, f1) - max(c0, f0)) / (c1 - c0)) for f0, f1 in itertools.pairwise(fine)]
         for c0, c1 in itertools.pairwise(coarse)

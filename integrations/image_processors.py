@@ -223,11 +223,7 @@ def _steps(image_processor: Any) -> _Steps:
 
 
 def _read_patches(image_processor: Any, size: dict[str, int], refuse: Any) -> _Patches:
-    # The older pair of attributes wins over `size` where it is set, as it does in the processor.
-    limits = [
-        size.get(key) if getattr(image_processor, name, None) is None else getattr(image_processor, name)
-        for name, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge"))
-    ]
+    limits = pixel_limits(image_processor)
     if not all(limits):
         raise refuse(f"size={size} instead of shortest_edge and longest_edge")
     return _Patches(
@@ -236,6 +232,17 @@ def _read_patches(image_processor: Any, size: dict[str, int], refuse: Any) -> _P
         image_processor.temporal_patch_size,
         *limits,
     )
+
+
+def pixel_limits(image_processor: Any) -> list[int | None]:
+    """min_pixels and max_pixels of Qwen2-VL. The older pair of attributes wins over `size` where it is set, as it does
+    in the processor.
+    """
+    limits = []
+    for name, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        limit = getattr(image_processor, name, None)
+        limits.append(image_processor.size.get(key) if limit is None else limit)
+    return limits
 
 
 # --- images and boxes --------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from torch import Tensor
 import finegrain_ops
 
 from ..crop_inputs import CropInputs
+from ..generate_inputs import GenerateInputs
 from ..inputs import CaseInputs, PackedInputs
 from ..operations import BACKWARD
 
 Call = Callable[[], Any]
-Prepare = Callable[[Any], Call]  # from CaseInputs; for PACKED from PackedInputs, for CROP_RESIZE from CropInputs
+Prepare = Callable[
+    [Any], Call
+]  # from the inputs of the operation: CaseInputs, PackedInputs, CropInputs, GenerateInputs
 
 NEEDS_CUDA = "it runs on CUDA devices only"
 
@@ -50,7 +53,7 @@ class Peer:
     needs_cuda: bool = False
     gives_key_sums: bool = False
 
-    def start(self, inputs: CaseInputs | PackedInputs | CropInputs) -> Call:
+    def start(self, inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs) -> Call:
         """The call that is timed, having run once; for BACKWARD forward and backward, and it gives Gradients.
 
         Raises:

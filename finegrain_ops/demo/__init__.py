@@ -121,41 +121,47 @@ def _show(options: argparse.Namespace, image: Any, box: Box, model: Any, process
 
     import finegrain_ops
 
-    from ..integrations.llava import pixel_map
-    from . import picture
+    from ..plot import attention_overlay
 
     inputs = processor(images=image, text=_prompt(processor, options.question), return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
     sizes = [(image.height, image.width)]
     with torch.inference_mode(), finegrain_ops.patch(model, processor) as handle:
         bias = handle.key_bias(inputs, [[box]], sizes, weight=options.weight)
-        region = handle.region_mask(inputs, [[box]], sizes)[0]
+        region = handle.region_mask(inputs, [[box]], sizes).cpu()
         before, after = (
-            handle.attention_map(inputs, rows=-1, key_bias=b, reduction="mean")[0].cpu() for b in (None, bias)
+            handle.attention_map(inputs, rows=-1, key_bias=b, reduction="mean").cpu() for b in (None, bias)
         )
+        maps = [handle.image_maps(inputs, attention, sizes)[0] for attention in (before, after)]
         plain, focused = _generate_both(options, model, processor, inputs, bias)
 
-    on_image = inputs["input_ids"][0] == model.config.image_token_id
     table = Table(title=f"{options.question}   box {tuple(round(edge) for edge in box)}", title_justify="left")
     for column in ("", "before", f"after, lambda = {options.weight:g}"):
         table.add_column(column, overflow="fold")
     table.add_row("answer", plain.text, focused.text)
     table.add_row("attention mass on the region", *(f"{float(a[region].sum()):.4f}" for a in (before, after)))
     table.add_row(
-        "of the attention to the image", *(f"{float(a[region].sum() / a[on_image].sum()):.1%}" for a in (before, after))
+        "of the attention to the image", *(f"{float(a[region].sum() / a.sum()):.1%}" for a in (before, after))
     )
     table.add_row("tokens per second", *(f"{g.tokens_per_second:.1f}" for g in (plain, focused)))
     table.add_row("attention backend", f"transformers {model.config.text_config._attn_implementation}", _backend(model))
     Console().print(table)
-    print(f"{int(region.sum())} of {int(on_image.sum())} image tokens are in the region. The attention is that of the")
-    print("position before the answer, averaged over layers and heads. Both rates include the prompt.")
+    print(f"{int(region.sum())} of {maps[0].values.numel()} image tokens are in the region. The attention is that of")
+    print("the position before the answer, averaged over layers and heads. Both rates include the prompt.")
 
-    pixels = pixel_map(processor.image_processor, sizes[0])
-    patch = model.config.vision_config.patch_size
-    grid = (pixels.size[0] // patch, pixels.size[1] // patch)
-    maps = [_on_grid(a[on_image], grid) for a in (before, after)]
     note = "random weights" if options.model is None else str(options.model)
-    picture.save(options.output, image, box, pixels, maps[0], maps[1], options.weight, f"{options.question}   ({note})")
+    attention_overlay(
+        image,
+        {
+            "photograph and box": None,
+            "attention before": maps[0],
+            f"attention after, λ = {options.weight:g}": maps[1],
+        },
+        [box],
+        alpha=0.75,
+        title=f"{options.question}   ({note})",
+        label="share of the attention to the image, per token",
+    ).savefig(options.output, dpi=110)
     print(f"Picture: {options.output}")
 
 
@@ -164,12 +170,6 @@ def _prompt(processor: Any, question: str) -> Any:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return f"USER: <image>\n{question} ASSISTANT:"
-
-
-def _on_grid(attention: Any, grid: tuple[int, int]) -> Any:
-    """Share of the attention to the image per token, (rows, columns); a leading CLS token is left out."""
-    patches = attention[-grid[0] * grid[1] :]
-    return (patches / patches.sum()).reshape(grid)
 
 
 def _generate_both(

@@ -17,22 +17,64 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import (
+    get_anyres_image_grid_shape,
+    image_size_to_num_patches,
+    unpad_image,
+)
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import finegrain_ops
 from finegrain_ops import families
 from finegrain_ops.geometry import smart_resize
 from finegrain_ops.integrations.llava import pixel_map
-from image_processor_cases import blip, llava, qwen2_vl, qwen3_vl
+from image_processor_cases import blip, image_processor, llava, qwen2_vl, qwen3_vl, square
+from tiny_models import IMAGE_TOKEN, PATCH, SIDE, TINY
 
 BACKGROUND, PAINT = 64, 192  # so that what a filter overshoots is seen as well
+
+
+class LlavaNext:
+    """LLaVA-NeXT's image processor; of what it makes of an image, one of the two that become grids of tokens."""
+
+    def __init__(self, **options: Any) -> None:
+        sizes = {"size": {"shortest_edge": 336}, "crop_size": square(336)}
+        self.processor = image_processor("LlavaNextImageProcessor", **sizes, **options)
+
+    def __call__(self, images: Image.Image, return_tensors: str) -> dict[str, Tensor]:
+        pixel_values = self.processor(images=images, return_tensors=return_tensors)["pixel_values"]
+        return {"pixel_values": self.part(pixel_values[0], images.size[::-1])[None]}
+
+
+class WholeImage(LlavaNext):
+    def part(self, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
+        return pixel_values[0]
+
+
+class Tiles(LlavaNext):
+    def part(self, pixel_values: Tensor, size: tuple[int, int]) -> Tensor:
+        """The tiles side by side, and without the tokens that the model's own unpad_image takes away."""
+        rows, columns = get_anyres_image_grid_shape(size, self.processor.image_grid_pinpoints, 336)
+        tiles = pixel_values[1:].reshape(rows, columns, 3, 24, 14, 24, 14).permute(2, 4, 6, 0, 3, 1, 5)
+        tokens = unpad_image(tiles.reshape(3 * 14 * 14, rows * 24, columns * 24), size)
+        kept_rows, kept_columns = tokens.shape[1:]
+        pixels = tokens.reshape(3, 14, 14, kept_rows, kept_columns).permute(0, 3, 1, 4, 2)
+        return pixels.reshape(3, kept_rows * 14, kept_columns * 14)
+
 
 # The smallest limit of pixels keeps these images from being enlarged much, which would blur more than half a token.
 FAMILIES = {
     "LLaVA": (families.llava, llava()),
     "LLaVA padded": (lambda size: families.llava(size, do_pad=True), llava(do_pad=True)),
+    "LLaVA-NeXT, whole image": (lambda size: families.llava_next(size)[0], WholeImage()),
+    "LLaVA-NeXT, tiles": (lambda size: families.llava_next(size)[1], Tiles()),
+    "LLaVA-NeXT, one tile": (
+        lambda size: families.llava_next(size, grid_pinpoints=[(336, 336)])[1],
+        Tiles(image_grid_pinpoints=[[336, 336]]),
+    ),
     "InstructBLIP": (families.instructblip, blip()),
     "BLIP-2": (families.blip2, blip()),
     # Its own processor, outside of transformers, does the same: resize to 448 x 448.
@@ -156,3 +198,44 @@ def test_smart_resize_is_that_of_transformers(size: tuple[int, int], factor: int
 def test_patched_llava_sees_the_same_geometry(do_pad: bool) -> None:
     for size in ((480, 640), (641, 333), (336, 336)):
         assert pixel_map(llava(do_pad=do_pad), size) == families.llava(size, do_pad=do_pad).pixels
+
+
+# Sizes that need little resizing, and boxes whose edges are further than its blur from the border of a token, of both
+# grids in LLaVA-NeXT. The last box is where the tiles of LLaVA-NeXT lose the edge of the image.
+SIZES = [(48, 48), (24, 72), (48, 40)]
+BOXES = [[(6, 18, 30, 42)], [(9, 5, 45, 19)], [(15, 6, 25, 30), (0, 42, 2, 48)]]
+
+
+def image_tokens_changed(name: str, model: Any, before: Any, after: Any) -> Tensor:
+    """(number of image tokens in the batch,) bool, as the model puts the pixels' features in their place."""
+    change = before["pixel_values"] != after["pixel_values"]
+    if change.dim() == 2:
+        return change.reshape(-1, 4 * change.shape[1]).any(1)
+    count = SIDE // PATCH
+    of_tiles = change.reshape(len(change), -1, 3, count, PATCH, count, PATCH).any(6).any(4).any(2).flatten(2)
+    if name == "LLaVA-1.5":
+        return of_tiles.flatten()
+    counts = [image_size_to_num_patches(size, model.config.image_grid_pinpoints, SIDE) for size in SIZES]
+    features = [tiles[:n, :, None].int() for tiles, n in zip(of_tiles, counts)]
+    packed, _ = model.model.pack_image_features(features, before["image_sizes"], "default", torch.zeros(1).int())
+    return torch.cat(packed)[:, 0].bool()
+
+
+@pytest.mark.parametrize("painted", [[0, 1, 2], [1]], ids=["every image", "the second image"])
+@pytest.mark.parametrize("name", TINY)
+def test_regions_of_a_patched_model_are_the_tokens_that_change(name: str, painted: list[int]) -> None:
+    """Two images in the first prompt and one in the second, through the whole processor."""
+    model, inputs = TINY[name].make_model(), []
+    boxes = [of_image if i in painted else [] for i, of_image in enumerate(BOXES)]
+    for colour in (BACKGROUND, PAINT):
+        images = [np.full((*size, 3), BACKGROUND, dtype=np.uint8) for size in SIZES]
+        for image, of_image in zip(images, boxes):
+            for x0, y0, x1, y1 in of_image:
+                image[y0:y1, x0:x1] = colour
+        inputs.append(TINY[name].processed([Image.fromarray(image) for image in images], (2, 1)))
+    with finegrain_ops.patch(model, TINY[name].make_processor()) as handle:
+        mask = handle.region_mask(inputs[0], boxes, SIZES)
+    is_image = inputs[0]["input_ids"] == IMAGE_TOKEN
+    assert torch.equal(mask[is_image], image_tokens_changed(name, model, *inputs))
+    assert not mask[~is_image].any()
+    assert mask.any(1).tolist() == [True, len(painted) == 3]

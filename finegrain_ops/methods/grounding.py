@@ -1,0 +1,51 @@
+"""From what a model wrote when asked for a box to the region of the image whose tokens are reweighted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..boxes import Box, expand_box, parse_boxes
+from ..families import ImageGrid
+from ..geometry import token_mask
+
+# CoF (arXiv 2412.16869), Sec. II-B.
+GROUNDING_PROMPT = (
+    "{question}\nAccording to the information in the image and the question, detail the bounding box of the region in "
+    "the image that contains the answer in JSON format."
+)
+# For a second attempt where the first gave no box.
+STRICT_GROUNDING_PROMPT = (
+    "{question}\nWhere in the image is the answer to this question? Reply with one bounding box [x1, y1, x2, y2] and "
+    "nothing else."
+)
+
+
+def image_grids(handle: Any, inputs: Any, image_sizes: list[tuple[int, int]]) -> list[list[ImageGrid]]:
+    """The grids of tokens of each image; see integrations/family.py.
+
+    Raises:
+        ValueError: inputs do not fit the images.
+    """
+    grids: list[list[ImageGrid]] = [[] for _ in image_sizes]
+    for tokens in handle.family.image_tokens(handle.model, handle.processor, inputs, image_sizes):
+        grids[tokens.image_index].append(tokens.grid)
+    return grids
+
+
+def first_box(text: str, image_size: tuple[int, int], convention: str, grids: Sequence[ImageGrid]) -> Box | None:
+    """The first box of a model's text, in pixels of the original image; None without any. No text raises."""
+    processed_size = grids[0].pixels.size  # the whole image comes before its tiles
+    boxes = parse_boxes(text, image_size=image_size, convention=convention, processed_size=processed_size)
+    return boxes[0] if boxes else None
+
+
+def region_around(
+    box: Box, factor: float, image_size: tuple[int, int], grids: Sequence[ImageGrid], *, square: bool = False
+) -> Box | None:
+    """`expand_box`; None where no token would be in it: nothing is left in floats, or all of it is cropped away."""
+    region = expand_box(box, factor, image_size, square=square)
+    x0, y0, x1, y1 = region
+    if not (x0 < x1 and y0 < y1) or not any(token_mask([region], g.pixels, g.token_size).any() for g in grids):
+        return None
+    return region
