@@ -198,9 +198,16 @@ def _prepare_inputs_keeping_mask(original: Callable[..., Any]) -> Callable[..., 
     @functools.wraps(original)
     def prepare_inputs_for_generation(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         model_inputs = bound_to(self, original)(*args, **kwargs)
+        if kwargs.get("key_bias") is None:
+            return model_inputs
         mask = kwargs.get("attention_mask")
-        if kwargs.get("key_bias") is not None and isinstance(mask, Tensor) and mask.dim() == 2:
+        if isinstance(mask, Tensor) and mask.dim() == 2:
             model_inputs["attention_mask"] = mask
+        elif mask is None and model_inputs.get("attention_mask") is not None:
+            # generate leaves out a mask that hides nothing. All tokens so far are in input_ids, but with inputs_embeds.
+            input_ids = args[0] if args else kwargs["input_ids"]
+            has_embeddings = kwargs.get("inputs_embeds") is not None
+            model_inputs["attention_mask"] = None if has_embeddings else torch.ones_like(input_ids)
         return model_inputs
 
     return prepare_inputs_for_generation

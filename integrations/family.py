@@ -72,7 +72,9 @@ class Family(Protocol):
         """
 
     def box_convention(self, processor: Any) -> str:
-        """In which of the conventions of `boxes.parse_boxes` the family's released checkpoints write boxes."""
+        """How the family's released checkpoints write boxes: a convention of `boxes.parse_boxes`, or "unit_view", 0..1
+        of what is left of the image after preprocessing.
+        """
 
 
 def family_of(model_type: str) -> Family:

@@ -61,8 +61,10 @@ def image_tokens(model: nn.Module, processor: Any, inputs: Any, image_sizes: Ima
 
 
 def box_convention(processor: Any) -> str:
-    """0..1 of the image padded to a square, as LLaVA was trained; 0..1 of the image for processors that do not pad."""
-    return "unit_padded" if getattr(processor.image_processor, "do_pad", False) else "unit"
+    """0..1 of the square that the model sees: LLaVA was trained on images padded to one, which is "unit_padded"; a
+    processor that does not pad cuts one out.
+    """
+    return "unit_view"
 
 
 def pixel_map(image_processor: Any, image_size: tuple[int, int]) -> PixelMap:

@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..boxes import CONVENTIONS, Box
+from ..boxes import Box
 from ..families import ImageGrid
 from ..geometry import clip_box
 from ..integrations.handle import PatchHandle
 from ..integrations.patching import patch
 from ..validation import describe, require_bool, require_length, require_number
 from .generation import GREEDY, check_generation, generate_answers
-from .grounding import GROUNDING_PROMPT, first_box, image_grids, region_around
+from .grounding import BOX_CONVENTIONS, GROUNDING_PROMPT, first_box, image_grids, region_around
 from .prompting import Prompter, Template, fill, open_images, require_template
 from .results import MethodResult, Stopwatch
-from .reuse import _IMAGES_IN_PROMPT as IMAGES_IN_PROMPT
-from .reuse import ImagePrefix, align_after_images, vision_once
+from .reuse import IMAGES_IN_PROMPT, ImagePrefix, align_after_images, vision_once
 
 ON_MISSING_BOX = ("whole_image", "plain", "raise")
 ROWS = ("all", "after_image")
@@ -121,7 +120,8 @@ class CoF:
         prompt: the grounding prompt, with "{question}" in it, or a function of the question.
         retry_prompt: such a prompt for a second attempt, by the images that are without a box; None: no attempt.
             grounding.STRICT_GROUNDING_PROMPT is one.
-        box_convention: in which convention of `boxes.parse_boxes` the model writes boxes; "auto": its family's.
+        box_convention: in which convention of `boxes.parse_boxes` the model writes boxes, or "unit_view": 0..1 of what
+            is left of the image after preprocessing; "auto": its family's.
         grounding_tokens: max_new_tokens of the first pass.
         grounding_generation: further settings of its `generate`, which is greedy.
         template: how a question becomes the model's prompt; see prompting.Prompter.
@@ -163,7 +163,7 @@ class CoF:
         self.soft = require_bool(soft, "soft")
         self.prompt = require_template(prompt, "prompt")
         self.retry_prompt = None if retry_prompt is None else require_template(retry_prompt, "retry_prompt")
-        self.box_convention = _one_of(box_convention, CONVENTIONS, "box_convention")
+        self.box_convention = _one_of(box_convention, BOX_CONVENTIONS, "box_convention")
         if require_length(grounding_tokens, "grounding_tokens") == 0:
             raise ValueError("grounding_tokens: expected an integer > 0, got 0; grounding=False leaves the pass out")
         self.grounding_tokens = grounding_tokens

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
-from ..boxes import Box, expand_box, parse_boxes
+from ..boxes import CONVENTIONS, Box, expand_box, parse_boxes
 from ..families import ImageGrid
-from ..geometry import token_mask
+from ..geometry import AxisMap, PixelMap, token_mask
+
+# Those of `parse_boxes`, and 0..1 of what the model sees: of the square that is cut out, or of the padded square.
+BOX_CONVENTIONS = (*CONVENTIONS, "unit_view")
 
 # CoF (arXiv 2412.16869), Sec. II-B.
 GROUNDING_PROMPT = (
@@ -34,10 +38,32 @@ def image_grids(handle: Any, inputs: Any, image_sizes: list[tuple[int, int]]) ->
 
 
 def first_box(text: str, image_size: tuple[int, int], convention: str, grids: Sequence[ImageGrid]) -> Box | None:
-    """The first box of a model's text, in pixels of the original image; None without any. No text raises."""
-    processed_size = grids[0].pixels.size  # the whole image comes before its tiles
-    boxes = parse_boxes(text, image_size=image_size, convention=convention, processed_size=processed_size)
+    """The first box of a model's text, in pixels of the original image; None without any. No text raises.
+
+    Args:
+        convention: one of BOX_CONVENTIONS.
+        grids: of the image, the whole of it first.
+    """
+    pixels = grids[0].pixels
+    if convention == "unit_view":
+        boxes = parse_boxes(text, image_size=pixels.size, convention="unit")
+        boxes = [box for box in (_seen_through(pixels, box, image_size) for box in boxes) if box is not None]
+    else:
+        boxes = parse_boxes(text, image_size=image_size, convention=convention, processed_size=pixels.size)
     return boxes[0] if boxes else None
+
+
+def _seen_through(pixels: PixelMap, box: Box, image_size: tuple[int, int]) -> Box | None:
+    """A box in processed pixels as one in the original image; None where only padding is in it."""
+    height, width = image_size
+    x0, x1 = (_original(pixels.x, edge, width) for edge in box[::2])
+    y0, y1 = (_original(pixels.y, edge, height) for edge in box[1::2])
+    return (x0, y0, x1, y1) if x0 < x1 and y0 < y1 else None
+
+
+def _original(axis: AxisMap, edge: float, length: int) -> float:
+    """Where a processed coordinate is in the original image, clipped to it."""
+    return min(max(0.0, float((Fraction(edge) - axis.shift) / axis.scale)), float(length))
 
 
 def region_around(

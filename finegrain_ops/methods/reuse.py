@@ -27,7 +27,7 @@ from ..integrations.family import FAMILIES, family_of
 from ..validation import describe
 
 _OF_A_PATCH = ("key_bias", "row_gate", "attention_reader")  # Qwen's encoder is given them in transformers 5
-_IMAGES_IN_PROMPT = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # model types
+IMAGES_IN_PROMPT = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # model types
 
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # (B, P); the last two are not used
 
@@ -385,9 +385,9 @@ def _ids_and_mask(inputs: Any) -> tuple[Tensor, Tensor]:
 def _image_tokens(model: Any, inputs: Any) -> Tensor:
     """(B, P) bool: every token that an image's features take the place of. Refuses other models and inputs."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _IMAGES_IN_PROMPT:
+    if model_type not in IMAGES_IN_PROMPT:
         raise UnsupportedModelError(
-            f"expected a model of one of {_IMAGES_IN_PROMPT}, whose decoders attend to image tokens, got "
+            f"expected a model of one of {IMAGES_IN_PROMPT}, whose decoders attend to image tokens, got "
             f"{type(model).__name__} with model_type {model_type!r}; use vision_once instead"
         )
     if any("video" in name for name in inputs):

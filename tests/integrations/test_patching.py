@@ -103,6 +103,26 @@ def test_generate_equals_the_oracle(model, inputs, bias, options: dict) -> None:
     assert not torch.equal(model.generate(**arguments), expected)  # without the bias it says something else
 
 
+@pytest.mark.parametrize("mask", [{}, {"attention_mask": None}], ids=["mask of ones", "no mask"])
+def test_static_cache_without_padding(model, mask: dict) -> None:
+    """generate leaves a mask out that hides nothing, and makes a 4-D one of nothing."""
+    inputs = {**make_inputs(text_lengths=(6, 6)), **mask}
+    bias = make_bias(inputs["input_ids"])
+    embeds = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]).detach(),
+    }
+    for given in (inputs, embeds):
+        with EagerOracle(model, bias):
+            expected = model.generate(**given, **GREEDY)
+        with finegrain_ops.patch(model):
+            assert torch.equal(model.generate(**given, **GREEDY, key_bias=bias), expected)
+            assert torch.equal(
+                model.generate(**given, **GREEDY, key_bias=bias, cache_implementation="static"), expected
+            )
+
+
 def test_prompt_lookup(model) -> None:
     """Several new tokens at once on top of a cache."""
     inputs = make_inputs(text_lengths=(9,))

@@ -161,7 +161,7 @@ def qwen(name: str, processor: str, vision: dict[str, Any], sections: list[int],
 
 
 TINY = {
-    "LLaVA-1.5": TinyFamily(llava_config, lambda: llava_processor("Llava"), "<image>", "unit"),
+    "LLaVA-1.5": TinyFamily(llava_config, lambda: llava_processor("Llava"), "<image>", "unit_view"),
     "LLaVA-NeXT": TinyFamily(
         llava_next_config,
         lambda: llava_processor("LlavaNext", image_grid_pinpoints=PINPOINTS),

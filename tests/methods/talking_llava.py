@@ -126,3 +126,20 @@ class Say(transformers.LogitsProcessor):
 def saying(*calls: Sequence[str]) -> dict:
     """Settings of generation that say these texts; see Say."""
     return {"logits_processor": transformers.LogitsProcessorList([Say(*calls)])}
+
+
+def count_calls(monkeypatch, owner, name: str = "forward") -> list:
+    """The keyword arguments of every call of owner.name from here on."""
+    calls, original = [], getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a, **kw: calls.append(kw) or original(*a, **kw), raising=False)
+    return calls
+
+
+def traces(model) -> list[str]:
+    """What a patch puts on the modules of a model."""
+    return [
+        f"{name}.{key}"
+        for name, part in model.named_modules()
+        for key in vars(part)
+        if key in ("forward", "generate", "_finegrain_handle", "finegrain_layer")
+    ]

@@ -49,6 +49,11 @@ def written(convention: str, size: tuple[int, int]) -> str:
         x, y = (side - width) // 2, (side - height) // 2
         numbers = [(BOX[0] * width + x) / side, (BOX[1] * height + y) / side]
         numbers += [(BOX[2] * width + x) / side, (BOX[3] * height + y) / side]
+    elif convention == "unit_view":  # of the square in the middle, as long as the shorter side
+        side = min(size)
+        x, y = (width - side) / 2, (height - side) / 2
+        numbers = [(BOX[0] * width - x) / side, (BOX[1] * height - y) / side]
+        numbers += [(BOX[2] * width - x) / side, (BOX[3] * height - y) / side]
     else:
         across, down = {"unit": (1, 1), "permille": (1000, 1000), "pixel": PROCESSED[size][::-1]}[convention]
         numbers = [BOX[0] * across, BOX[1] * down, BOX[2] * across, BOX[3] * down]
