@@ -227,6 +227,7 @@ def _full_cpu_cases() -> list[AttentionCase]:
     return [
         *(causal(num_keys, head_dim, float32) for num_keys in (640, 1024) for head_dim in (64, 128)),
         llava_prefill(640, float32),
+        llava_prefill(2048, float32),
         llava_prefill(640, torch.bfloat16),
         qformer(float32),
         qwen2_vl_prefill(1024, float32),

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .generate_models import SHAPES
-from .operations import GENERATE_DECODE, GENERATE_OPERATIONS, GENERATE_PREFILL
+from .operations import COF, GENERATE_DECODE, GENERATE_OPERATIONS, GENERATE_PREFILL
 
 _FEWEST_TEXT = 16  # of a padded batch's shortest prompt
 
@@ -20,7 +20,7 @@ class GenerateCase:
     """`batch` prompts of an image and `text_tokens` of text; padded: of all lengths down to a few tokens of text.
 
     prefill: `generate` of one token, vision encoder and prompt included. decode: `generate` of `new_tokens` more, on
-    the cache of the prompt.
+    the cache of the prompt. cof: a first pass of `grounding_tokens`, then an answer of `new_tokens`.
     """
 
     name: str
@@ -32,6 +32,7 @@ class GenerateCase:
     is_padded: bool = False
     new_tokens: int = 16
     weight: float = 2.0
+    grounding_tokens: int = 32
 
     def __post_init__(self) -> None:
         if self.operation not in GENERATE_OPERATIONS:
@@ -63,7 +64,7 @@ class GenerateCase:
     @property
     def num_tokens(self) -> int:
         """That a call processes, padding not counted."""
-        if self.operation == GENERATE_DECODE:
+        if self.operation != GENERATE_PREFILL:
             return self.batch * self.new_tokens
         return self.batch * SHAPES[self.model].image_tokens + sum(self.text_lengths)
 
@@ -90,7 +91,7 @@ def _case(
 def _quick_cpu_cases() -> list[GenerateCase]:
     return [
         _case(operation, "llava-1.5-7b scaled down", 640, torch.float32)
-        for operation in (GENERATE_PREFILL, GENERATE_DECODE)
+        for operation in (GENERATE_PREFILL, GENERATE_DECODE, COF)
     ]
 
 
@@ -113,6 +114,7 @@ def _quick_cuda_cases() -> list[GenerateCase]:
         *(_case(operation, llava, 672, dtype, 16, is_padded=True) for operation in both),
         *(_case(operation, "qwen2.5-vl-3b", 1088, dtype) for operation in both),
         _case(GENERATE_PREFILL, "instructblip-vicuna-7b", 64, dtype, 16),
+        *(_case(COF, llava, 640, dtype, batch) for batch in (1, 8)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Model, prompts and bias of a case of `generate`."""
+"""Model, prompts and bias of a case of `generate`; of a case of CoF model, processor, images and questions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .generate_cases import GenerateCase
-from .generate_models import make_model, make_prompts, region_bias
+from .generate_models import SHAPES, make_model, make_prompts, region_bias, sharing_weights
 
 
 @dataclass(frozen=True)
@@ -38,3 +38,50 @@ def _takes_token_types() -> bool:
     import transformers
 
     return int(transformers.__version__.split(".")[0]) >= 5
+
+
+@dataclass(frozen=True)
+class CoFInputs:
+    case: GenerateCase
+    model: Any
+    processor: Any
+    images: list[Any]
+    questions: list[str]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def encode(self, questions: list[str]) -> Any:
+        prompts = [f"USER: <image>\n{question} ASSISTANT:" for question in questions]
+        encoded = self.processor(
+            images=self.images, text=prompts, padding=True, padding_side="left", return_tensors="pt"
+        )
+        return encoded.to(self.device, self.model.dtype)
+
+    def generate(self, encoded: Any, new_tokens: int, **bias: Tensor) -> list[str]:
+        settings = {"do_sample": False, "max_new_tokens": new_tokens, **self.ends_at(new_tokens)}
+        tokens = self.model.generate(**encoded, **settings, **bias)[:, -new_tokens:]
+        return [self.processor.tokenizer.decode(row, skip_special_tokens=True).strip() for row in tokens]
+
+    def ends_at(self, new_tokens: int) -> dict[str, Any]:
+        """Words of the processor's only, and as many as that."""
+        words = range(len(self.processor.tokenizer), self.model.config.text_config.vocab_size)
+        return {"min_new_tokens": new_tokens, "suppress_tokens": [*range(5), *words]}
+
+
+def make_cof_inputs(case: GenerateCase, device: torch.device) -> CoFInputs:
+    """LLaVA's. A question has a word for each token that the case has left for it."""
+    import numpy as np
+    from PIL import Image
+
+    from finegrain_ops.demo import random_llava
+
+    processor = random_llava.make()[1]
+    model = sharing_weights(make_model(case.model, case.dtype, device))
+    model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
+    pixels = np.random.default_rng(0).integers(0, 256, (case.batch, 480, 640, 3), dtype=np.uint8)
+    around = 6  # tokens: beginning, USER : ASSISTANT : and a question mark
+    questions = [" ".join(["what"] * (length - around)) + " ?" for length in case.text_lengths]
+    assert SHAPES[case.model].family == "llava", f"{case.id}: CoF is measured with LLaVA's processor"
+    return CoFInputs(case, model, processor, [Image.fromarray(image) for image in pixels], questions)

@@ -15,7 +15,8 @@ of the ceiling may exceed 1.
 crop_resize counts no FLOPs, since peers differ in what they compute, but the fewest bytes that it moves: every pixel
 within any box read once, the result written once. On a CPU arithmetic and not memory is its limit.
 
-Whole answers of a model count tokens: prefill those of the prompts, padding not, decode the new ones.
+Whole answers of a model count tokens: prefill those of the prompts, padding not, decode the new ones, CoF those of the
+answers.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
     "masked",
 )
 CROP_RESIZE = "crop_resize"
-GENERATE_PREFILL, GENERATE_DECODE = GENERATE_OPERATIONS = ("generate-prefill", "generate-decode")
+GENERATE_PREFILL, GENERATE_DECODE, COF = GENERATE_OPERATIONS = ("generate-prefill", "generate-decode", "cof")
 OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE, *GENERATE_OPERATIONS)
 BOUND_BY_MEMORY = (DECODE, CROP_RESIZE)
 
@@ -51,6 +52,7 @@ TITLES = {
     CROP_RESIZE: "Regions cropped, resized and normalised (crop_resize)",
     GENERATE_PREFILL: "A model's prompt up to the first token (generate)",
     GENERATE_DECODE: "A model's further tokens (generate)",
+    COF: "CoF, from images and questions to answers",
 }
 
 _FORWARDS_OF_WORK = {BACKWARD: 3.5}

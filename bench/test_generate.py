@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from .ceilings import MeasuredCeilings
-from .generate_agreement import keep_right_answers
+from .generate_agreement import keep_right_answers, require_same_answers
 from .generate_cases import GenerateCase
-from .generate_inputs import make_generate_inputs
+from .generate_inputs import make_cof_inputs, make_generate_inputs
 from .memory import peak_of_call_on_cuda
+from .operations import COF
 from .peers import peers_for, start_all
-from .peers.generate import PATCHED_BIASED
 from .results import RowStore, not_run_row, time_rows
 from .sampling import InterleavedSampler, make_stopwatch
 
@@ -32,16 +32,18 @@ def test_generate(
     pytestconfig: pytest.Config,
 ) -> None:
     benchmark.group = generate_case.operation
-    peers, inputs = peers_for(generate_case.operation, device.type), make_generate_inputs(generate_case, device)
+    peers, is_cof = peers_for(generate_case.operation, device.type), generate_case.operation == COF
+    inputs = (make_cof_inputs if is_cof else make_generate_inputs)(generate_case, device)
     calls, reasons = start_all(peers, inputs)
-    calls, measured = keep_right_answers(calls, generate_case.dtype, reasons)
+    measured = require_same_answers(calls) if is_cof else keep_right_answers(calls, generate_case.dtype)
+    benchmarked = next(iter(calls))  # ours, with a bias
     if benchmark.disabled:  # --benchmark-disable: results are right, and that is all
-        benchmark(calls[PATCHED_BIASED])
+        benchmark(calls[benchmarked])
         return
 
     for name, call in calls.items():
         measured[name]["peak_bytes"] = peak_of_call_on_cuda(call, device) if device.type == "cuda" else None
-    sampler = InterleavedSampler(calls, PATCHED_BIASED, make_stopwatch(device))
+    sampler = InterleavedSampler(calls, benchmarked, make_stopwatch(device))
     sampler.run(benchmark, 2 * seconds_per_case, pytestconfig.getoption("--bench-rounds"))
 
     rows = time_rows(generate_case, machine, sampler.samples, ceilings.of_copy(), peers, measured)

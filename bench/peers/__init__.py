@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 
 from ..crop_inputs import CropInputs
-from ..generate_inputs import GenerateInputs
+from ..generate_inputs import CoFInputs, GenerateInputs
 from ..inputs import CaseInputs, PackedInputs
-from ..operations import BACKWARD, CROP_RESIZE, DECODE, FORWARD, GENERATE_OPERATIONS, MASKED, PACKED, READ_OUT
-from . import crop_finegrain, crop_interpolate, crop_pillow, eager, finegrain, flex, generate, sdpa, third_party
+from ..operations import BACKWARD, COF, CROP_RESIZE, DECODE, FORWARD, GENERATE_OPERATIONS, MASKED, PACKED, READ_OUT
+from . import cof, crop_finegrain, crop_interpolate, crop_pillow, eager, finegrain, flex, generate, sdpa, third_party
 from .eager import EAGER
 from .finegrain import ours, ours_unbiased
 from .flex import FLEX_ATTENTION
@@ -50,7 +50,7 @@ _BASES = {
     ),
     MASKED: (SDPA_EFFICIENT_MASK,),
     CROP_RESIZE: (crop_pillow.pillow(crop_pillow.TWO_THREADS), crop_interpolate.FLOAT),
-    **dict.fromkeys(GENERATE_OPERATIONS, (generate.UNPATCHED,)),
+    **dict.fromkeys(GENERATE_OPERATIONS, (generate.UNPATCHED, cof.ONE_ANSWER)),
 }
 
 
@@ -58,6 +58,8 @@ def peers_for(operation: str, device_type: str) -> list[Peer]:
     """All peers; those of finegrain_ops come first, in the order in which backend="auto" prefers them."""
     if operation == CROP_RESIZE:
         return [*crop_peers_for(device_type)]
+    if operation == COF:
+        return cof.cof_peers()
     if operation in GENERATE_OPERATIONS:
         return generate.generate_peers()
     if operation == PACKED:
@@ -92,7 +94,7 @@ def crop_peers_for(device_type: str) -> list[CropPeer]:
 
 
 def start_all(
-    peers: Sequence[Peer], inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs
+    peers: Sequence[Peer], inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs | CoFInputs
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls that can run, ours first, and for the others the reason why not."""
     calls, reasons = {}, {}

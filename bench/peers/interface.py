@@ -14,7 +14,7 @@ from torch import Tensor
 import finegrain_ops
 
 from ..crop_inputs import CropInputs
-from ..generate_inputs import GenerateInputs
+from ..generate_inputs import CoFInputs, GenerateInputs
 from ..inputs import CaseInputs, PackedInputs
 from ..operations import BACKWARD
 
@@ -53,7 +53,7 @@ class Peer:
     needs_cuda: bool = False
     gives_key_sums: bool = False
 
-    def start(self, inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs) -> Call:
+    def start(self, inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs | CoFInputs) -> Call:
         """The call that is timed, having run once; for BACKWARD forward and backward, and it gives Gradients.
 
         Raises:
