@@ -29,7 +29,7 @@ _LABELS = {"sum": "share of the map, per token", "max": "share of the map's larg
 
 def attention_overlay(
     image: Any,
-    maps: Map | Sequence[Map] | Mapping[str, Map | None],
+    map: Map | Sequence[Map] | Mapping[str, Map | None],
     boxes: Sequence[Any] | Tensor = (),
     *,
     normalize: Literal["sum", "max"] | None = "sum",
@@ -50,7 +50,7 @@ def attention_overlay(
 
     Args:
         image: a PIL image; a uint8 array (H, W, 3), or grey (H, W); or a tensor (3, H, W), uint8, or float in 0..1.
-        maps: an `ImageMap` (handle.image_maps), or a 2-D tensor or array that covers the whole image. Several side by
+        map: an `ImageMap` (handle.image_maps), or a 2-D tensor or array that covers the whole image. Several side by
             side, on one colour scale: a list, or {title: map}, where None stands for the image alone.
         boxes: (x0, y0, x1, y1) in pixels of the image, clipped to it; a single one need not be wrapped.
         normalize: "sum": each map's values add up to 1 (over all its tokens, those that show padding too); "max": each
@@ -84,7 +84,7 @@ def attention_overlay(
     clipped = _clipped(boxes, size)
     panels = [
         (heading, None if panel is None else _normalized(_image_map(panel, size, name), normalize, name))
-        for heading, panel, name in _panels(maps)
+        for heading, panel, name in _panels(map)
     ]
     drawn = [panel.values.flatten() for _, panel in panels if panel is not None]
     every = torch.cat([torch.zeros(1, dtype=torch.float64), *drawn])  # 0 is always on the scale
@@ -132,13 +132,13 @@ def _draw(axes: Axes, pixels: np.ndarray, boxes: Sequence[Box], heading: str | N
 
 def _panels(maps: Any) -> list[tuple[str | None, Any, str]]:
     """(title, map, name in messages) of each picture."""
-    panels: list[tuple[str | None, Any, str]] = [(None, maps, "maps")]
+    panels: list[tuple[str | None, Any, str]] = [(None, maps, "map")]
     if isinstance(maps, Mapping):
-        panels = [(str(heading), panel, f"maps[{heading!r}]") for heading, panel in maps.items()]
+        panels = [(str(heading), panel, f"map[{heading!r}]") for heading, panel in maps.items()]
     elif isinstance(maps, (list, tuple)):
-        panels = [(None, panel, f"maps[{i}]") for i, panel in enumerate(maps)]
+        panels = [(None, panel, f"map[{i}]") for i, panel in enumerate(maps)]
     if not panels:
-        raise ValueError("maps: expected at least one map, got none")
+        raise ValueError("map: expected at least one map, got none")
     return panels
 
 

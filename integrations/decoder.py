@@ -38,6 +38,7 @@ def install(changes: Changes, model: nn.Module, language_model: nn.Module) -> li
     for name, replacement in (
         ("prepare_inputs_for_generation", _prepare_inputs_keeping_mask),
         ("generate_batch", generate_batch_without_bias),
+        ("_valid_auto_compile_criteria", _compiled_without_bias),
     ):
         if hasattr(model, name):
             changes.replace_method(model, name, replacement)
@@ -211,6 +212,20 @@ def _prepare_inputs_keeping_mask(original: Callable[..., Any]) -> Callable[..., 
         return model_inputs
 
     return prepare_inputs_for_generation
+
+
+def _compiled_without_bias(original: Callable[..., Any]) -> Callable[..., Any]:
+    """On a GPU generate compiles the forward for a static cache, whose shapes stay. Those of the bias and of the mask
+    grow with every step, so that each would be compiled anew.
+    """
+
+    @functools.wraps(original)
+    def _valid_auto_compile_criteria(self: nn.Module, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> bool:
+        if model_kwargs.get("key_bias") is not None:
+            return False
+        return bool(bound_to(self, original)(model_kwargs, *args, **kwargs))
+
+    return _valid_auto_compile_criteria
 
 
 def generate_batch_without_bias(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -214,7 +214,7 @@ def test_an_image_may_come_in_any_form() -> None:
     assert np.array_equal(as_pil, as_colour)
 
 
-GOOD = {"image": black(60, 90), "maps": torch.ones(2, 3)}
+GOOD = {"image": black(60, 90), "map": torch.ones(2, 3)}
 BAD = {
     "no image": ({"image": "cup.jpg"}, TypeError, "image: expected a PIL image, a uint8 array or a tensor"),
     "array of floats": ({"image": np.zeros((4, 4, 3))}, TypeError, "image: expected an array of uint8, got float64"),
@@ -230,16 +230,16 @@ BAD = {
     ),
     "a model's pixels": ({"image": torch.randn(3, 9, 9)}, ValueError, "image: expected values in 0..1"),
     "tensor of integers": ({"image": torch.zeros(3, 4, 5).int()}, TypeError, "image: expected a uint8 or float tensor"),
-    "a flat map": ({"maps": torch.ones(6)}, ValueError, "maps: expected shape (rows, columns), got (6,)"),
-    "an empty map": ({"maps": torch.ones(0, 3)}, ValueError, "maps: expected shape (rows, columns), got (0, 3)"),
-    "a map of NaN": ({"maps": [torch.full((2, 2), float("nan"))]}, ValueError, "maps[0]: expected finite values"),
-    "a map of text": ({"maps": {"a": "b"}}, TypeError, "maps['a']: expected an ImageMap, a tensor or an array"),
-    "no map": ({"maps": []}, ValueError, "maps: expected at least one map"),
-    "zeros": ({"maps": torch.zeros(2, 2)}, ValueError, "maps: expected a sum above 0 to divide by, got 0.0"),
+    "a flat map": ({"map": torch.ones(6)}, ValueError, "map: expected shape (rows, columns), got (6,)"),
+    "an empty map": ({"map": torch.ones(0, 3)}, ValueError, "map: expected shape (rows, columns), got (0, 3)"),
+    "a map of NaN": ({"map": [torch.full((2, 2), float("nan"))]}, ValueError, "map[0]: expected finite values"),
+    "a map of text": ({"map": {"a": "b"}}, TypeError, "map['a']: expected an ImageMap, a tensor or an array"),
+    "no map": ({"map": []}, ValueError, "map: expected at least one map"),
+    "zeros": ({"map": torch.zeros(2, 2)}, ValueError, "map: expected a sum above 0 to divide by, got 0.0"),
     "zeros, by the largest": (
-        {"maps": torch.zeros(2, 2), "normalize": "max"},
+        {"map": torch.zeros(2, 2), "normalize": "max"},
         ValueError,
-        "maps: expected a largest value above 0",
+        "map: expected a largest value above 0",
     ),
     "normalize": ({"normalize": "softmax"}, ValueError, 'normalize: expected "sum", "max" or None'),
     "colormap": ({"colormap": "rainbowest"}, ValueError, "colormap: expected the name of one of matplotlib's"),

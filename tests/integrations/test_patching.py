@@ -123,6 +123,20 @@ def test_static_cache_without_padding(model, mask: dict) -> None:
             )
 
 
+def test_generate_compiles_nothing_with_a_bias(model, inputs, bias) -> None:
+    """For a static cache it would compile every step anew; here made to want it on a CPU too."""
+    compile_config = transformers.CompileConfig()
+    compile_config._compile_all_devices = True
+    config = transformers.GenerationConfig(compile_config=compile_config)
+    cache = transformers.StaticCache(config=model.config.text_config, max_cache_len=32)
+    given = {"past_key_values": cache}
+    wants_to = model._valid_auto_compile_criteria(given, config)
+    with finegrain_ops.patch(model):
+        assert wants_to
+        assert model._valid_auto_compile_criteria({**given, "key_bias": None}, config)
+        assert not model._valid_auto_compile_criteria({**given, "key_bias": bias}, config)
+
+
 def test_prompt_lookup(model) -> None:
     """Several new tokens at once on top of a cache."""
     inputs = make_inputs(text_lengths=(9,))

@@ -89,6 +89,7 @@ GENERATION = {
     "beams": {"num_beams": 3},
     "sampling": {"do_sample": True, "temperature": 1.5},
     "beams returned": {"num_beams": 4, "num_return_sequences": 2},
+    "static cache": {"cache_implementation": "static"},
 }
 
 
