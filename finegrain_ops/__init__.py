@@ -3,7 +3,7 @@
 The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
 `finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`, and the tokens that they
 touch: `finegrain_ops.families`. Hugging Face models: `patch`, `preprocess`. Methods that answer questions with them:
-`CoF`.
+`CoF`. Pictures of attention: `import finegrain_ops.plot`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
