@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 import torch._inductor.config
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import finegrain_ops
 from attention_cases import CASES
 from devices import ways
 from finegrain_ops import UnsupportedInputError, backends, reweighted_attention
+from finegrain_ops.ops import batched
 
 
 def operator_arguments(requires_grad: bool, backend: str, device: str, gate: bool = False) -> tuple:
@@ -44,6 +49,54 @@ def test_opcheck_of_the_backward(backend: str, device: str) -> None:
             torch.ops.finegrain_ops.reweighted_attention_backward.default,
             (*arguments, is_causal, scale, True, backend),
         )
+
+
+class SeesOperators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class OfAnotherType(torch.Tensor):
+    """Tells what it is called with, as tensors of other libraries do."""
+
+    seen: ClassVar[list[str]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        cls.seen.append(getattr(func, "__name__", str(func)))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap's own loop over the batch
+def test_the_dispatcher_is_left_out_only_where_nobody_listens(monkeypatch, device: str) -> None:
+    """A decode step pays for it; a mode, a transformation, a tensor of another type or a gradient needs it."""
+    tensors = [torch.randn(1, 2, 3, 8, device=device) for _ in range(3)]
+    expected = reweighted_attention(*tensors)
+    operator, calls = batched._reweighted_attention, []
+    monkeypatch.setattr(batched, "_reweighted_attention", lambda *a: calls.append(1) or operator(*a))
+    assert torch.equal(reweighted_attention(*tensors), expected)
+    assert not calls
+    with SeesOperators() as mode:
+        assert torch.equal(reweighted_attention(*tensors), expected)
+    assert mode.names[0] == "finegrain_ops.reweighted_attention.default"
+    traced = make_fx(lambda *t: reweighted_attention(*t))(*tensors)
+    assert "finegrain_ops.reweighted_attention" in traced.code
+    with FakeTensorMode() as fake:
+        assert reweighted_attention(*map(fake.from_tensor, tensors)).shape == expected.shape
+    assert torch.equal(reweighted_attention(*(t.as_subclass(OfAnotherType) for t in tensors)), expected)
+    assert any("reweighted_attention" in name for name in OfAnotherType.seen)
+    assert torch.equal(torch.vmap(reweighted_attention)(*(t[None] for t in tensors))[0], expected)
+    assert len(calls) == 5
+    tensors[0].requires_grad_()
+    assert reweighted_attention(*tensors).requires_grad
+    with torch.no_grad():
+        reweighted_attention(*tensors)
+    assert len(calls) == 6
 
 
 def test_opcheck_of_the_value_check() -> None:

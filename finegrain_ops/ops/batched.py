@@ -9,7 +9,16 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.interface import AttentionCall, new_output, new_output_like
-from .library import LIBRARY, TAGS, laid_out_as, new_bias_gradient, new_scores, outside_autocast, returned_bias_gradient
+from .library import (
+    LIBRARY,
+    TAGS,
+    laid_out_as,
+    new_bias_gradient,
+    new_scores,
+    nothing_intercepts,
+    outside_autocast,
+    returned_bias_gradient,
+)
 
 LIBRARY.define(
     "reweighted_attention(Tensor query, Tensor key, Tensor value, Tensor? key_bias, Tensor? key_padding_mask, "
@@ -25,7 +34,7 @@ LIBRARY.define(
     tags=TAGS,
 )
 
-reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default
+_reweighted_attention = torch.ops.finegrain_ops.reweighted_attention.default
 reweighted_attention_backward = torch.ops.finegrain_ops.reweighted_attention_backward.default
 
 
@@ -125,8 +134,39 @@ def _backward(
     )
 
 
-LIBRARY.impl("reweighted_attention", outside_autocast(_forward), "CompositeExplicitAutograd")
+_kernel = outside_autocast(_forward)
+LIBRARY.impl("reweighted_attention", _kernel, "CompositeExplicitAutograd")
 LIBRARY.impl("reweighted_attention_backward", outside_autocast(_backward), "CompositeExplicitAutograd")
+
+
+def reweighted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    key_padding_mask: Tensor | None,
+    row_gate: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    return_lse: bool,
+    needs_grad: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The operator, or straight its kernel where that makes no difference."""
+    attend = _kernel if not needs_grad and nothing_intercepts(query, key, value) else _reweighted_attention
+    return attend(
+        query,
+        key,
+        value,
+        key_bias,
+        key_padding_mask,
+        row_gate,
+        is_causal,
+        scale,
+        return_lse,
+        needs_grad,
+        backend,
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -33,6 +33,19 @@ def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def nothing_intercepts(*tensors: Tensor) -> bool:
+    """Whether a call that records no gradient may run its kernel without the dispatcher: nobody compiles, traces, counts
+    or transforms it. The way through the dispatcher to a kernel written in Python takes longer than a decode step's
+    arithmetic.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(type(tensor) is Tensor for tensor in tensors)
+    )
+
+
 def _dtype_of_scores(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
 
