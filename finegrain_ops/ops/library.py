@@ -34,9 +34,9 @@ def outside_autocast(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def nothing_intercepts(*tensors: Tensor) -> bool:
-    """Whether a call that records no gradient may run its kernel without the dispatcher: nobody compiles, traces, counts
-    or transforms it. The way through the dispatcher to a kernel written in Python takes longer than a decode step's
-    arithmetic.
+    """Whether a call that records no gradient may run its kernel without the dispatcher: nobody compiles, traces,
+    counts or transforms it. The way through the dispatcher to a kernel written in Python takes longer than a decode
+    step's arithmetic.
     """
     return (
         not torch.compiler.is_compiling()
