@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from itertools import chain, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from .ceilings import MeasuredCeilings
 from .crop_cases import crop_cases_for
 from .generate_cases import generate_cases_for
 from .machine import describe_machine
+from .measurement import Measurement
 from .stand_in import BenchmarkStandIn
 
 _STORE = pytest.StashKey[results.RowStore]()
@@ -130,6 +132,18 @@ def seconds_per_case(pytestconfig: pytest.Config) -> float:
 def store(pytestconfig: pytest.Config) -> results.RowStore:
     """Where a benchmark puts its rows. They are printed when all have run, and with --save-results stored at once."""
     return pytestconfig.stash[_STORE]
+
+
+@pytest.fixture
+def measurement(
+    benchmark: Any,
+    device: torch.device,
+    machine: dict,
+    store: results.RowStore,
+    seconds_per_case: float,
+    pytestconfig: pytest.Config,
+) -> Measurement:
+    return Measurement(benchmark, device, machine, store, seconds_per_case, pytestconfig.getoption("--bench-rounds"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -139,34 +139,11 @@ LIBRARY.impl("reweighted_attention", _kernel, "CompositeExplicitAutograd")
 LIBRARY.impl("reweighted_attention_backward", outside_autocast(_backward), "CompositeExplicitAutograd")
 
 
-def reweighted_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    key_padding_mask: Tensor | None,
-    row_gate: Tensor | None,
-    is_causal: bool,
-    scale: float,
-    return_lse: bool,
-    needs_grad: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """The operator, or straight its kernel where that makes no difference."""
+def reweighted_attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The operator, with all of its arguments in order, or straight its kernel where that makes no difference."""
+    query, key, value, *_, needs_grad, _backend = arguments
     attend = _kernel if not needs_grad and nothing_intercepts(query, key, value) else _reweighted_attention
-    return attend(
-        query,
-        key,
-        value,
-        key_bias,
-        key_padding_mask,
-        row_gate,
-        is_causal,
-        scale,
-        return_lse,
-        needs_grad,
-        backend,
-    )
+    return attend(*arguments)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
