@@ -19,9 +19,9 @@ except ModuleNotFoundError as missing:
         f"finegrain_ops.plot needs {missing.name}, one of the packages of `pip install finegrain-ops[plot]`"
     ) from missing
 
-from .geometry import Box, clip_box
+from .geometry import Box
 from .integrations.image_maps import ImageMap
-from .validation import describe, require_number
+from .validation import clip_boxes_of_image, describe, require_number
 
 Map = Any  # ImageMap, a 2-D tensor or a 2-D array
 _LABELS = {"sum": "share of the map, per token", "max": "share of the map's largest value", None: "value per token"}
@@ -201,9 +201,6 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _clipped(boxes: Any, image_size: tuple[int, int]) -> list[Box]:
-    entries = boxes.tolist() if isinstance(boxes, (Tensor, np.ndarray)) else boxes
-    if isinstance(entries, (str, bytes)) or not hasattr(entries, "__len__"):
+    if isinstance(boxes, (str, bytes)) or not hasattr(boxes, "__len__"):
         raise TypeError(f"boxes: expected a list of (x0, y0, x1, y1), got {describe(boxes)}")
-    if len(entries) == 4 and not any(hasattr(edge, "__len__") for edge in entries):
-        return [clip_box(entries, image_size, "boxes")]
-    return [clip_box(box, image_size, f"boxes[{k}]") for k, box in enumerate(entries)]
+    return clip_boxes_of_image(boxes, image_size, "boxes")

@@ -11,11 +11,12 @@ import numbers
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .geometry import clip_box
+from .geometry import Box, clip_box
 
 _LARGEST = sys.float_info.max
 
@@ -217,3 +218,17 @@ for _name in ("require_values", "require_cu_seqlens", "require_boxes"):
 torch.library.register_autograd(
     "finegrain_ops::require_values", lambda ctx, grad: (grad, None, None, None, None), lib=_LIBRARY
 )
+
+
+def clip_boxes_of_image(boxes: Any, image_size: tuple[int, int], name: str) -> list[Box]:
+    """`clip_box` for each of a list of boxes, for one box that is not wrapped, or for a tensor or array of either.
+
+    Raises:
+        ValueError: boxes are none of these, or one is no box or outside of the image; `name` says which.
+    """
+    boxes = boxes.tolist() if hasattr(boxes, "tolist") else boxes
+    if boxes is None or isinstance(boxes, (str, bytes)) or not hasattr(boxes, "__len__"):
+        raise ValueError(f"{name}: expected a list of (x0, y0, x1, y1) boxes, [] for none, got {describe(boxes)}")
+    if len(boxes) == 4 and not any(hasattr(edge, "__len__") for edge in boxes):
+        return [clip_box(boxes, image_size, name)]
+    return [clip_box(box, image_size, f"{name}[{k}]") for k, box in enumerate(boxes)]

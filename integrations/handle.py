@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from ..geometry import Box, check_image_size, clip_box, token_coverage, token_mask
+from ..geometry import Box, check_image_size, token_coverage, token_mask
 from ..key_bias import log_weight_times_mask
-from ..validation import describe, require_number
+from ..validation import clip_boxes_of_image, describe, require_number
 from .attention_reading import AttentionReader, require_layers, rows_to_read
 from .changes import Changes
 from .decoder import per_key
@@ -253,7 +253,7 @@ class PatchHandle:
             raise ValueError(
                 f"boxes: expected one list of boxes per image, {len(sizes)} as in image_sizes, got {len(boxes)}"
             )
-        clipped = [_clipped_boxes(entry, size, f"boxes[{i}]") for i, (entry, size) in enumerate(zip(boxes, sizes))]
+        clipped = [clip_boxes_of_image(entry, size, f"boxes[{i}]") for i, (entry, size) in enumerate(zip(boxes, sizes))]
         images = self._image_tokens(inputs, sizes)
         seen = [not of_image for of_image in clipped]
         for tokens in images:
@@ -271,7 +271,7 @@ class PatchHandle:
         mask = torch.zeros(self._key_shape(inputs), dtype=torch.float32 if soft else torch.bool)
         for tokens in images:
             mask[tokens.batch_index, tokens.positions] = _on_grid(tokens, boxes, soft).flatten()
-        return mask.to(self.family.image_keys(self.model, inputs).device)
+        return mask.to(_device(inputs))
 
     def _bias_of_weighted_boxes(
         self,
@@ -282,7 +282,7 @@ class PatchHandle:
         soft: bool,
     ) -> Tensor:
         of_boxes = _weights_of_boxes(weights, boxes)
-        bias = torch.zeros(self._key_shape(inputs), device=self.family.image_keys(self.model, inputs).device)
+        bias = torch.zeros(self._key_shape(inputs), device=_device(inputs))
         for weight in sorted({w for of_image in of_boxes for w in of_image}):
             chosen = [[box for box, w in zip(*pair) if w == weight] for pair in zip(boxes, of_boxes)]
             of_weight = log_weight_times_mask(weight, self._mask(inputs, images, chosen, soft).float())
@@ -302,6 +302,10 @@ class PatchHandle:
         if not bool((weight >= 0).all() & weight.isfinite().all()):
             raise ValueError("weight: expected finite numbers >= 0, got others in the tensor")
         return weight
+
+
+def _device(inputs: Any) -> torch.device:
+    return next(value.device for value in inputs.values() if isinstance(value, Tensor))
 
 
 def _on_grid(tokens: ImageTokens, boxes: Sequence[Sequence[Box]], soft: bool) -> Tensor:
@@ -337,14 +341,3 @@ def _num_heads(layer: nn.Module) -> int:
 
 def _weight(weight: object, name: str) -> float:
     return require_number(weight, name, minimum=0.0, what="a finite number >= 0")
-
-
-def _clipped_boxes(entry: Any, image_size: tuple[int, int], name: str) -> list[Box]:
-    """One image's boxes: a list of boxes, one box, or a tensor of either."""
-    if isinstance(entry, Tensor):
-        entry = entry.tolist()
-    if entry is None or isinstance(entry, (str, bytes)) or not hasattr(entry, "__len__"):
-        raise ValueError(f"{name}: expected a list of (x0, y0, x1, y1) boxes, [] for none, got {describe(entry)}")
-    if len(entry) == 4 and not any(hasattr(edge, "__len__") for edge in entry):
-        return [clip_box(entry, image_size, name)]
-    return [clip_box(box, image_size, f"{name}[{k}]") for k, box in enumerate(entry)]

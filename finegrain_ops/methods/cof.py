@@ -17,10 +17,9 @@ from torch import Tensor
 
 from ..boxes import Box
 from ..families import ImageGrid
-from ..geometry import clip_box
 from ..integrations.handle import PatchHandle
 from ..integrations.patching import patch
-from ..validation import describe, require_bool, require_length, require_number
+from ..validation import clip_boxes_of_image, describe, require_bool, require_length, require_number
 from .generation import GREEDY, check_generation, generate_answers
 from .grounding import BOX_CONVENTIONS, GROUNDING_PROMPT, first_box, image_grids, region_around
 from .prompting import Prompter, Template, fill, open_images, require_template
@@ -382,12 +381,7 @@ def _check_questions(images: object, questions: object) -> None:
 def _given_boxes(boxes: Sequence[Any], sizes: list[tuple[int, int]]) -> list[list[Box]]:
     if len(boxes) != len(sizes):
         raise ValueError(f"boxes: expected an entry for each of the {len(sizes)} images, got {len(boxes)}")
-    return [_boxes_of_image(entry, size, f"boxes[{i}]") for i, (entry, size) in enumerate(zip(boxes, sizes))]
-
-
-def _boxes_of_image(entry: Any, image_size: tuple[int, int], name: str) -> list[Box]:
-    """None, one box, a list of boxes, or a tensor of either."""
-    entry = [] if entry is None else entry.tolist() if isinstance(entry, Tensor) else entry
-    if len(entry) == 4 and not any(hasattr(edge, "__len__") for edge in entry):
-        return [clip_box(entry, image_size, name)]
-    return [clip_box(box, image_size, f"{name}[{k}]") for k, box in enumerate(entry)]
+    return [
+        [] if entry is None else clip_boxes_of_image(entry, size, f"boxes[{i}]")
+        for i, (entry, size) in enumerate(zip(boxes, sizes))
+    ]

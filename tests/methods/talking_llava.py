@@ -4,7 +4,6 @@ weights do not find boxes.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,6 +11,8 @@ import torch
 import transformers
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from image_processor_cases import image_processor, square
 
 SIDE, PATCH = 48, 6
 GRID = SIDE // PATCH
@@ -38,18 +39,11 @@ def make_tokenizer(**options) -> transformers.PreTrainedTokenizerFast:
     )
 
 
-def make_image_processor(**options):
-    try:  # transformers 5: the other one wants torchvision
-        clip = importlib.import_module("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
-    except ModuleNotFoundError:
-        clip = transformers.CLIPImageProcessor
-    size = {"height": SIDE, "width": SIDE}
-    return clip(**{"size": {"shortest_edge": SIDE}, "crop_size": size, **options})
-
-
 def make_processor(chat_template: str | None = None, **image_options) -> transformers.LlavaProcessor:
     return transformers.LlavaProcessor(
-        image_processor=make_image_processor(**image_options),
+        image_processor=image_processor(
+            "CLIPImageProcessor", **{"size": {"shortest_edge": SIDE}, "crop_size": square(SIDE), **image_options}
+        ),
         tokenizer=make_tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
