@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..errors import UnsupportedModelError
 from ..validation import describe
 
 Template: TypeAlias = "str | Callable[[str], str]"
@@ -28,6 +29,8 @@ PLAIN_FORMATS = {  # model_type -> format where there is no chat template
     "instructblip": "{question}",
     "blip-2": "{question}",
 }
+_ONE_IMAGE = ("instructblip", "blip-2")  # model types whose prompt shows one image, by queries before all text
+_SOME_ANSWER = "finegrain-ops-answer"  # no template changes or holds it
 # The original Qwen-VL: Qwen-VL-Chat's dialogue, where the generation configuration asks for it.
 _CHATML = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -71,6 +74,37 @@ class Prompter:
         """The prompt of each question, with the image where the model wants it."""
         return [self._text(image, question) for image, question in zip(images, questions)]
 
+    def follow_up(self, question: str) -> str:
+        """What the chat writes between an answer and the next one: the end of that turn, and another with an image and
+        this question. Without a chat template, the end-of-sequence token and another prompt.
+
+        Raises:
+            UnsupportedModelError: the model takes no second image.
+        """
+        if self.writes_paths or self._model.config.model_type in _ONE_IMAGE:
+            raise UnsupportedModelError(
+                f"expected a model that takes a second image in a later turn, got {type(self._model).__name__} with "
+                f"model_type {self._model.config.model_type!r}"
+            )
+        if self._template is not None:
+            prompt = self._text(None, question)
+            bos = self.tokenizer.bos_token if self._has_bos(prompt) else ""
+            return f"{self.tokenizer.eos_token or ''}{prompt.removeprefix(bos).lstrip(' ')}"
+        turn = [{"type": "image"}, {"type": "text", "text": question}]
+        chat = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": _SOME_ANSWER}]},
+            {"role": "user", "content": turn},
+        ]
+        text = str(self._processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False))
+        _, found, after = text.partition(_SOME_ANSWER)
+        if not found:
+            raise ValueError(
+                "processor: expected a chat_template that writes the assistant's turns as they are; give a template of "
+                f'your own, with "{IMAGE}" and "{QUESTION}" in it'
+            )
+        return after
+
     def encode(self, images: Sequence[Any], *passes: Sequence[str]) -> list[dict[str, Any]]:
         """The inputs of each of several passes over the same images: `passes` are lists of prompts, one per image.
 
@@ -98,6 +132,18 @@ class Prompter:
                 inputs |= _padded_right(inputs["qformer_input_ids"], inputs["qformer_attention_mask"])
             encoded.append(self._on_device(inputs, encoded[0] if encoded else {}))
         return encoded
+
+    def encode_follow_ups(self, texts: Sequence[str], images: Sequence[Any], made: Any) -> dict[str, Any]:
+        """The inputs of texts of `follow_up`, left-padded, without anything before them.
+
+        Args:
+            images: one for each text; only their number is looked at.
+            made: what the image processor would make of the images to show, `preprocess`'s result.
+        """
+        processor = copy.copy(self._processor)
+        processor.image_processor = _ComputedOnce(self._processor.image_processor, made)
+        options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
+        return self._on_device(dict(processor(images=list(images), text=list(texts), **options)))
 
     def decode(self, tokens: Tensor) -> str:
         """(N,) tokens as text, without special tokens."""
@@ -216,11 +262,13 @@ def open_images(images: Sequence[Any], *, as_paths: bool) -> tuple[list[Any], li
 
 
 class _ComputedOnce:
-    """An image processor that keeps what it made for the passes that follow, which show the same images."""
+    """An image processor that keeps what it made for the passes that follow, which show the same images; or what was
+    made elsewhere, in its place.
+    """
 
-    def __init__(self, image_processor: Any) -> None:
+    def __init__(self, image_processor: Any, made: Any = None) -> None:
         self._image_processor = image_processor
-        self._made: Any = None
+        self._made = made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._made is None:

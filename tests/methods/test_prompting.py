@@ -44,6 +44,38 @@ def test_how_a_question_becomes_a_prompt(model, chat, template, expected: str) -
     assert Prompter(model, make_processor(chat), template).texts([None], ["{x} is?"]) == [expected]
 
 
+FOLLOW_UPS = {
+    "the family's own": (None, None, "</s>USER: <image>\n{x} is? ASSISTANT:"),
+    "chat template": (CHAT, None, "[user]<image>{x} is?[assistant]"),
+    "text": (CHAT, "<s>{image} Q: {question} A:", "</s><image> Q: {x} is? A:"),
+    "function": (None, lambda question: f"<image>{question.upper()}", "</s><image>{X} IS?"),
+}
+
+
+@pytest.mark.parametrize(("chat", "template", "expected"), FOLLOW_UPS.values(), ids=FOLLOW_UPS)
+def test_what_the_chat_writes_between_two_answers(model, chat, template, expected: str) -> None:
+    assert Prompter(model, make_processor(chat), template).follow_up("{x} is?") == expected
+
+
+def test_a_chat_template_that_changes_answers_has_no_follow_up(model) -> None:
+    silent = CHAT.replace("{{ part['text'] }}", "{% if message['role'] == 'user' %}{{ part['text'] }}{% endif %}")
+    with pytest.raises(ValueError, match="processor: expected a chat_template that writes the assistant's turns"):
+        Prompter(model, make_processor(silent)).follow_up("?")
+
+
+def test_a_follow_up_is_encoded_with_pixels_made_elsewhere(model, processor) -> None:
+    """Alone it begins where the answer before it ended: no beginning-of-sequence token."""
+    prompter, images = Prompter(model, processor), make_images(2)
+    texts = [prompter.follow_up(question) for question in ("Which?", "And why not?")]
+    pixels = torch.randn(2, 3, SIDE, SIDE)
+    inputs = prompter.encode_follow_ups(texts, images, transformers.BatchFeature({"pixel_values": pixels}))
+    assert torch.equal(inputs["pixel_values"], pixels)
+    rows = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    expected = [text.replace("<image>", "<image>" * 64) for text in texts]
+    assert [processor.tokenizer.decode(row) for row in rows] == expected
+    assert all(row[0] == 2 for row in rows)  # </s>, and no <s> before it
+
+
 def test_a_batch_is_padded_on_the_left_and_each_row_is_as_alone(model, processor) -> None:
     prompter, images = Prompter(model, processor), make_images(3)
     texts = prompter.texts(images, ["What?", "And what is this?", "Where is it?"])
