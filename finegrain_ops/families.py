@@ -85,12 +85,19 @@ def llava_next(
 
     The tokens of an image are those of the first grid, then those of the second, where a newline ends every row.
     """
-    image = _of_image(image_size)
-    height, width = best_resolution(image.size, grid_pinpoints)
-    rows, columns = _without_padding(image.size, height // patch_size, width // patch_size)
-    tiles = image.resize_within(height, width).pad(height, width).center_crop(rows * patch_size, columns * patch_size)
+    image, tiles = _of_image(image_size), in_best_resolution(image_size, grid_pinpoints)
+    rows, columns = _without_padding(image.size, tiles.size[0] // patch_size, tiles.size[1] // patch_size)
+    tiles = tiles.center_crop(rows * patch_size, columns * patch_size)
     token_size = patch_size, patch_size
     return ImageGrid(image.resize(side, side), token_size), ImageGrid(tiles, token_size)
+
+
+def in_best_resolution(image_size: tuple[int, int], grid_pinpoints: Sequence[Sequence[int]]) -> PixelMap:
+    """Where LLaVA-NeXT's tiles, put together, have the pixels of an image: resized within the best of `grid_pinpoints`
+    and padded on all sides.
+    """
+    height, width = best_resolution(image_size, grid_pinpoints)
+    return _of_image(image_size).resize_within(height, width).pad(height, width)
 
 
 def best_resolution(image_size: tuple[int, int], grid_pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:

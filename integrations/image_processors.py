@@ -1,16 +1,16 @@
-"""`preprocess`: what a model's own image processor gives for the crops of boxes, in one `crop_resize` for all of them.
+"""`preprocess`: what a model's own image processor gives for the crops of boxes, all of a size in one `crop_resize`.
 
 The steps of transformers' processors, each only where its flag says so: RGB, pad to a square (LLaVA), resize (shorter
-side, fixed size, or Qwen2-VL's `smart_resize`), centre crop, rescale, normalise, and for Qwen2-VL the cut into patches.
-A processor is read, never called. What cannot be honoured is refused: UnsupportedInputError names it.
+side, fixed size, or Qwen2-VL's `smart_resize`), centre crop, rescale, normalise, the cut into patches (Qwen2-VL) and
+that into tiles (LLaVA-NeXT). A processor is read, never called (image_processor_steps.py). What cannot be honoured is
+refused: UnsupportedInputError names it.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,18 +20,13 @@ from transformers import BatchFeature
 from transformers.image_transforms import convert_to_rgb
 
 from ..crop_resize import crop_resize
-from ..errors import UnsupportedInputError
+from ..families import in_best_resolution
 from ..geometry import as_box_tensor, clip_box, smart_resize
 from ..validation import describe, require_length, values_are_checked
+from .image_processor_steps import Steps, pixel_limits, read_steps
 
-# The steps that not every class has. A name stands for all backends of the class: with "Fast" or "Pil" at its end, too.
-_CLASSES = {
-    "CLIPImageProcessor": {"do_center_crop"},
-    "LlavaImageProcessor": {"do_pad", "do_center_crop"},
-    "BlipImageProcessor": set(),
-    "Qwen2VLImageProcessor": {"patches"},
-}
-_INTERPOLATIONS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic", None: "bilinear"}
+__all__ = ["pixel_limits", "preprocess"]
+
 _RGB_ARGUMENTS = {"return_numpy": True} if "return_numpy" in inspect.signature(convert_to_rgb).parameters else {}
 
 
@@ -63,31 +58,36 @@ def preprocess(
             of boxes; for a list of images a list of such for each, where [] is an image without boxes and a single box
             need not be wrapped; or (K, 4) with image_index.
         processor: a processor, or its image processor: of the classes CLIPImageProcessor, LlavaImageProcessor,
-            BlipImageProcessor (InstructBLIP, BLIP-2) or Qwen2VLImageProcessor (Qwen2-VL, Qwen2.5-VL, Qwen3-VL).
+            LlavaNextImageProcessor, BlipImageProcessor (InstructBLIP, BLIP-2) or Qwen2VLImageProcessor (Qwen2-VL,
+            Qwen2.5-VL, Qwen3-VL).
         image_index: (K,), the image that each box lies in, for boxes (K, 4).
         dtype: of pixel_values: float32, float16 or bfloat16.
         exact, backend: see `crop_resize`.
 
     Returns:
         BatchFeature with tensors on the images' device, boxes in order: pixel_values (K, 3, height, width); of Qwen2-VL
-        pixel_values (sum of patches, C * T * P * P) and image_grid_thw (K, 3) int64, (1, rows, columns) of patches.
+        pixel_values (sum of patches, C * T * P * P) and image_grid_thw (K, 3) int64, (1, rows, columns) of patches; of
+        LLaVA-NeXT pixel_values (K, 1 + tiles, 3, side, side), the whole crop and its tiles, then zeros where another
+        crop has more tiles, and image_sizes (K, 2) int64, (height, width) of each crop in whole pixels.
 
     Raises:
         UnsupportedInputError: the processor is of another class, or has a flag set that cannot be honoured.
-        ValueError: an image or box is not as said above, or the numbers of images and of lists of boxes differ.
+        ValueError: an image or box is not as said above, or the numbers of images and of lists of boxes differ; the
+            crops would differ in shape, and the processor neither cuts nor pads them.
         TypeError: an image is of another type.
 
-    Boxes on a device are waited for only where the size of the result depends on them: Qwen2-VL, and shorter sides
-    without centre crop.
+    Boxes on a device are waited for only where the size of the result depends on them: Qwen2-VL, LLaVA-NeXT, and
+    shorter sides without centre crop.
     """
-    steps = _steps(getattr(processor, "image_processor", processor))
+    steps = read_steps(getattr(processor, "image_processor", processor))
     is_one = not isinstance(images, (list, tuple))
     tensors = [_as_tensor(image, steps, i, is_one) for i, image in enumerate([images] if is_one else images)]
     if not tensors:
         raise ValueError("images: expected at least one image, got an empty list")
     boxes, image_index = _flat_boxes(boxes, image_index, tensors, is_one)
 
-    def crop(chosen: Tensor | slice, size: tuple[int, int], shortest_edge: int | None = None) -> Tensor:
+    def crop(size: tuple[int, int], shortest_edge: int | None = None, only: list[int] | None = None) -> Tensor:
+        chosen = slice(None) if only is None else torch.tensor(only, device=boxes.device)
         return crop_resize(
             tensors,
             boxes[chosen],
@@ -106,149 +106,25 @@ def preprocess(
         )
 
     if steps.patches is not None:
-        return _patches(steps, boxes, image_index, tensors, crop, dtype)
+        return _patches(steps, _crop_sizes(boxes, image_index, tensors), crop, dtype, tensors[0].device)
+    if steps.tiles is not None:
+        return _tiles(steps, _crop_sizes(boxes, image_index, tensors), crop, dtype, tensors[0].device)
     if steps.shortest_edge is None:
-        pixel_values = crop(slice(None), steps.size)
+        pixel_values = crop(steps.size)
         if steps.cut is not None:
             top, left = ((side - cut) // 2 for side, cut in zip(steps.size, steps.cut))
             pixel_values = pixel_values[:, :, top : top + steps.cut[0], left : left + steps.cut[1]].contiguous()
     elif steps.cut is not None:
-        pixel_values = crop(slice(None), steps.cut, steps.shortest_edge)
+        pixel_values = crop(steps.cut, steps.shortest_edge)
     else:
-        pixel_values = crop(slice(None), _common_size(steps, boxes, image_index, tensors))
+        pixel_values = crop(_common_size(steps.shortest_edge, _crop_sizes(boxes, image_index, tensors)))
     return BatchFeature({"pixel_values": pixel_values})
-
-
-# --- the processor -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Patches:
-    """How Qwen2-VL cuts a resized image up; see geometry.smart_resize."""
-
-    patch_size: int
-    merge_size: int
-    temporal_patch_size: int
-    min_pixels: int
-    max_pixels: int
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """What an image processor is set to do."""
-
-    do_convert_rgb: bool
-    do_pad: bool
-    fill: tuple[int, ...]
-    shortest_edge: int | None
-    size: tuple[int, int] | None  # without shortest_edge and patches
-    cut: tuple[int, int] | None  # from the centre
-    interpolation: str
-    rescale: float
-    mean: Any
-    std: Any
-    patches: _Patches | None
-
-
-def _steps(image_processor: Any) -> _Steps:
-    kind = type(image_processor)
-    name = kind.__name__.removesuffix("Fast").removesuffix("Pil")
-    if name not in _CLASSES or not kind.__module__.startswith("transformers."):
-        raise UnsupportedInputError(
-            f"processor: expected one with an image processor of transformers' classes {', '.join(_CLASSES)}, got "
-            f"{kind.__module__}.{kind.__name__}; call crop_resize with the steps of this one"
-        )
-
-    def refuse(what: str) -> UnsupportedInputError:
-        return UnsupportedInputError(f"processor: {kind.__name__} with {what} cannot be honoured")
-
-    def flag(name: str, default: bool) -> bool:
-        return bool(getattr(image_processor, name, default))
-
-    def sides(name: str) -> dict[str, int]:
-        value = getattr(image_processor, name, None)
-        try:
-            return {key: side for key, side in dict(value).items() if side is not None}
-        except (TypeError, ValueError):
-            raise refuse(f"{name}={value!r} instead of a dictionary") from None
-
-    if not flag("do_resize", True):
-        raise refuse("do_resize=False, which keeps each crop's own size,")
-    for optional in ("do_pad", "do_center_crop"):
-        if flag(optional, False) and optional not in _CLASSES[name]:
-            raise refuse(f"{optional}=True")
-    resample = getattr(image_processor, "resample", None)
-    resample = getattr(resample, "value", resample)
-    if resample not in _INTERPOLATIONS:
-        raise refuse(f"resample={image_processor.resample!r}, neither bilinear nor bicubic,")
-
-    size = sides("size")
-    shortest_edge = fixed_size = cut = patches = None
-    do_pad = flag("do_pad", False)
-    if "patches" in _CLASSES[name]:
-        patches = _read_patches(image_processor, size, refuse)
-    elif set(size) == {"shortest_edge"}:
-        shortest_edge = size["shortest_edge"]
-    elif set(size) == {"height", "width"}:
-        fixed_size = size["height"], size["width"]
-    else:
-        raise refuse(f"size={size}")
-    if flag("do_center_crop", False):
-        crop_size = sides("crop_size")
-        if set(crop_size) != {"height", "width"}:
-            raise refuse(f"crop_size={crop_size}")
-        cut = crop_size["height"], crop_size["width"]
-        resized = fixed_size or (shortest_edge, shortest_edge)
-        if cut[0] > resized[0] or cut[1] > resized[1]:
-            raise refuse(f"crop_size={crop_size} beyond size={size}, which pads,")
-    elif do_pad and shortest_edge is not None:  # the sides of a square are all its shortest
-        shortest_edge, fixed_size = None, (shortest_edge, shortest_edge)
-    mean = image_processor.image_mean
-    if do_pad and not isinstance(mean, (list, tuple)):
-        raise refuse(f"do_pad=True and image_mean={mean!r} instead of three numbers")
-    do_normalize = flag("do_normalize", True)
-    return _Steps(
-        do_convert_rgb=flag("do_convert_rgb", False),
-        do_pad=do_pad,
-        fill=tuple(int(average * 255) for average in mean) if do_pad else (0, 0, 0),
-        shortest_edge=shortest_edge,
-        size=fixed_size,
-        cut=cut,
-        interpolation=_INTERPOLATIONS[resample],
-        rescale=float(image_processor.rescale_factor) if flag("do_rescale", True) else 1.0,
-        mean=mean if do_normalize else None,
-        std=image_processor.image_std if do_normalize else None,
-        patches=patches,
-    )
-
-
-def _read_patches(image_processor: Any, size: dict[str, int], refuse: Any) -> _Patches:
-    limits = pixel_limits(image_processor)
-    if not all(limits):
-        raise refuse(f"size={size} instead of shortest_edge and longest_edge")
-    return _Patches(
-        image_processor.patch_size,
-        image_processor.merge_size,
-        image_processor.temporal_patch_size,
-        *limits,
-    )
-
-
-def pixel_limits(image_processor: Any) -> list[int | None]:
-    """min_pixels and max_pixels of Qwen2-VL. The older pair of attributes wins over `size` where it is set, as it does
-    in the processor.
-    """
-    limits = []
-    for name, key in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        limit = getattr(image_processor, name, None)
-        limits.append(image_processor.size.get(key) if limit is None else limit)
-    return limits
 
 
 # --- images and boxes --------------------------------------------------------------------------------------------
 
 
-def _as_tensor(image: Any, steps: _Steps, index: int, is_one: bool) -> Tensor:
+def _as_tensor(image: Any, steps: Steps, index: int, is_one: bool) -> Tensor:
     """(3, H, W) uint8, on the image's device."""
     name = "images" if is_one else f"images[{index}]"
     if hasattr(image, "getbands"):
@@ -333,10 +209,9 @@ def _crop_sizes(boxes: Tensor, image_index: Tensor, images: list[Tensor]) -> lis
 # --- results whose size depends on the boxes ---------------------------------------------------------------------
 
 
-def _common_size(steps: _Steps, boxes: Tensor, image_index: Tensor, images: list[Tensor]) -> tuple[int, int]:
-    """Of crops whose shorter side becomes shortest_edge, with nothing cut off."""
-    edge = steps.shortest_edge
-    sizes = {tuple(int(edge * side / min(size)) for side in size) for size in _crop_sizes(boxes, image_index, images)}
+def _common_size(edge: int, crop_sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """Of crops whose shorter side becomes `edge`, with nothing cut off."""
+    sizes = {tuple(int(edge * side / min(size)) for side in size) for size in crop_sizes}
     if len(sizes) > 1:
         raise ValueError(
             f"boxes: expected crops of one shape, since the processor has do_center_crop=False, got the sizes "
@@ -345,33 +220,86 @@ def _common_size(steps: _Steps, boxes: Tensor, image_index: Tensor, images: list
     return sizes.pop() if sizes else (edge, edge)
 
 
-def _patches(
-    steps: _Steps, boxes: Tensor, image_index: Tensor, images: list[Tensor], crop: Any, dtype: torch.dtype
-) -> BatchFeature:
-    """Crops of one size at a time, each cut into patches; the patches of each box where its turn is."""
-    device, patches = images[0].device, steps.patches
-    factor = patches.patch_size * patches.merge_size
+def _resized(wanted: list[tuple[int, tuple[int, int]]], crop: Callable[..., Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """The place in `wanted` and the pixels (3, height, width) of every (box, (height, width)) there, in any order: all
+    that are of one size are made at once.
+    """
     of_size: dict[tuple[int, int], list[int]] = {}
-    grids = []
-    for k, crop_size in enumerate(_crop_sizes(boxes, image_index, images)):
+    for place, (_, size) in enumerate(wanted):
+        of_size.setdefault(size, []).append(place)
+    for size, places in of_size.items():
+        yield from zip(places, crop(size, only=[wanted[place][0] for place in places]))
+
+
+def _patches(
+    steps: Steps, crop_sizes: list[tuple[int, int]], crop: Any, dtype: torch.dtype, device: torch.device
+) -> BatchFeature:
+    """The patches of each crop, those of each box where its turn is."""
+    patches = steps.patches
+    factor = patches.patch_size * patches.merge_size
+    sizes = []
+    for k, crop_size in enumerate(crop_sizes):
         try:
-            size = smart_resize(crop_size, factor, patches.min_pixels, patches.max_pixels)
+            sizes.append(smart_resize(crop_size, factor, patches.min_pixels, patches.max_pixels))
         except ValueError as error:
             raise ValueError(f"boxes[{k}]: {error}") from None
-        of_size.setdefault(size, []).append(k)
-        grids.append((1, size[0] // patches.patch_size, size[1] // patches.patch_size))
+    grids = [(1, height // patches.patch_size, width // patches.patch_size) for height, width in sizes]
 
     counts = [rows * columns for _, rows, columns in grids]
     length = 3 * patches.temporal_patch_size * patches.patch_size**2
     pixel_values = torch.empty(sum(counts), length, dtype=dtype, device=device)
     places = pixel_values.split(counts)
-    for size, chosen in of_size.items():
-        crops = crop(torch.tensor(chosen, device=boxes.device), size)
-        for k, pixels in zip(chosen, crops):
-            # (rows, columns) of tokens, (rows, columns) of patches in each, C, T, patch height, patch width
-            cut = pixels.unflatten(2, (-1, patches.merge_size, patches.patch_size))
-            cut = cut.unflatten(1, (-1, patches.merge_size, patches.patch_size)).permute(1, 4, 2, 5, 0, 3, 6)
-            place = places[k].view(*cut.shape[:5], patches.temporal_patch_size, *cut.shape[5:])
-            place.copy_(cut.unsqueeze(5).expand_as(place))
+    for k, pixels in _resized(list(enumerate(sizes)), crop):
+        # (rows, columns) of tokens, (rows, columns) of patches in each, C, T, patch height, patch width
+        cut = pixels.unflatten(2, (-1, patches.merge_size, patches.patch_size))
+        cut = cut.unflatten(1, (-1, patches.merge_size, patches.patch_size)).permute(1, 4, 2, 5, 0, 3, 6)
+        place = places[k].view(*cut.shape[:5], patches.temporal_patch_size, *cut.shape[5:])
+        place.copy_(cut.unsqueeze(5).expand_as(place))
     grid = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3).to(device)
     return BatchFeature({"pixel_values": pixel_values, "image_grid_thw": grid})
+
+
+def _tiles(
+    steps: Steps, crop_sizes: list[tuple[int, int]], crop: Any, dtype: torch.dtype, device: torch.device
+) -> BatchFeature:
+    """The whole of each crop squashed to a tile, then its tiles, which together hold it in its own proportions."""
+    side, num_boxes = steps.tiles.side, len(crop_sizes)
+    maps = [in_best_resolution(size, steps.tiles.grid_pinpoints) for size in crop_sizes]
+    counts = [1 + pixels.size[0] // side * (pixels.size[1] // side) for pixels in maps]
+    if len(set(counts)) > 1 and not steps.tiles.do_pad:
+        raise ValueError(
+            f"boxes: expected crops of one number of tiles, since the processor has do_pad=False, got {counts} with "
+            "the whole crops; pass the boxes one by one"
+        )
+    # (top, left, bottom, right) of each crop among its tiles, in whole pixels
+    inner = [
+        tuple(int(edge) for edge in (pixels.y(0), pixels.x(0), pixels.y(size[0]), pixels.x(size[1])))
+        for pixels, size in zip(maps, crop_sizes)
+    ]
+
+    pixel_values = torch.zeros(num_boxes, max(counts, default=1), 3, side, side, dtype=dtype, device=device)
+    black = _level_zero(steps).to(device=device, dtype=dtype)
+    wholes = [(k, (side, side)) for k in range(num_boxes)]
+    resized = [(k, (bottom - top, right - left)) for k, (top, left, bottom, right) in enumerate(inner)]
+    for place, pixels in _resized(wholes + resized, crop):
+        k = place % num_boxes
+        if place < num_boxes:
+            pixel_values[k, 0] = pixels
+            continue
+        top, left, bottom, right = inner[k]
+        together = black[:, None, None].repeat(1, *maps[k].size)
+        together[:, top:bottom, left:right] = pixels
+        # (rows, columns) of tiles, C, tile height, tile width
+        cut = together.unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4)
+        pixel_values[k, 1 : counts[k]] = cut.flatten(0, 1)
+    image_sizes = torch.tensor(crop_sizes, dtype=torch.int64).reshape(-1, 2).to(device)
+    return BatchFeature({"pixel_values": pixel_values, "image_sizes": image_sizes})
+
+
+def _level_zero(steps: Steps) -> Tensor:
+    """(3,) float32: what rescaling and normalising make of black, as crop_resize does it."""
+    mean, std = (
+        torch.tensor(default if value is None else value, dtype=torch.float64).expand(3)
+        for value, default in ((steps.mean, 0.0), (steps.std, 1.0))
+    )
+    return (-mean / std).float()

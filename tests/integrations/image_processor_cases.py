@@ -16,9 +16,13 @@ def square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
-def llava(side: int = 336, **options: Any) -> Any:
+def llava(side: int = 336, name: str = "LlavaImageProcessor", **options: Any) -> Any:
     sizes = {"size": {"shortest_edge": side}, "crop_size": square(side)}
-    return image_processor("LlavaImageProcessor", **{**sizes, **options})
+    return image_processor(name, **{**sizes, **options})
+
+
+def llava_next(side: int = 336, **options: Any) -> Any:
+    return llava(side, name="LlavaNextImageProcessor", **options)
 
 
 def blip(side: int = 224, **options: Any) -> Any:
@@ -38,6 +42,7 @@ RELEASED = {
     "CLIP": lambda **options: image_processor("CLIPImageProcessor", **options),
     "LLaVA": llava,
     "LLaVA padded": lambda **options: llava(do_pad=True, **options),
+    "LLaVA-NeXT": llava_next,
     "InstructBLIP, BLIP-2": blip,
     "Qwen2-VL, Qwen2.5-VL": qwen2_vl,
     "Qwen3-VL": qwen3_vl,
@@ -58,6 +63,15 @@ SMALL = {
         do_pad=True, size={"height": 30, "width": 44}, do_center_crop=False, **options
     ),
     "LLaVA padded, without crop": lambda **options: llava(33, do_pad=True, do_center_crop=False, **options),
+    "LLaVA-NeXT": lambda **options: llava_next(
+        24, image_grid_pinpoints=[[24, 48], [48, 24], [48, 48], [72, 24], [24, 72]], **options
+    ),
+    "LLaVA-NeXT, one tile": lambda **options: llava_next(
+        size=square(21), crop_size=square(21), image_grid_pinpoints=[[21, 21]], **options
+    ),
+    "LLaVA-NeXT bilinear, without a cut": lambda **options: llava_next(
+        15, image_grid_pinpoints=[[15, 15], [45, 30], [30, 75]], resample=2, do_center_crop=False, **options
+    ),
     "BLIP": lambda **options: blip(size={"height": 45, "width": 34}, **options),
     "Qwen2-VL": lambda **options: qwen2_vl(28 * 28 * 3, 28 * 28 * 9, **options),
     "Qwen2-VL, other patches": lambda **options: qwen2_vl(
