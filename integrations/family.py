@@ -25,6 +25,7 @@ FAMILIES = {  # model_type -> module beside this one
     "qwen2_vl": "qwen2_vl",
     "qwen2_5_vl": "qwen2_vl",
     "qwen3_vl": "qwen2_vl",
+    "tinygroundinggpt": "tinygroundinggpt.family",
 }
 
 ImageSizes = list[tuple[int, int]]  # original (height, width) of each image

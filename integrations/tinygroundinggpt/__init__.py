@@ -1,0 +1,36 @@
+"""TinyGroundingGPT (Sec. 3.3 of its paper) for Hugging Face transformers: configuration, model, processor, training.
+
+Importing this package makes transformers' Auto classes know it.
+"""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration import TinyGroundingGPTConfig
+from .image_processing import TinyGroundingGPTImageProcessor
+from .modeling import (
+    TinyGroundingGPTForConditionalGeneration,
+    TinyGroundingGPTModel,
+    TinyGroundingGPTPreTrainedModel,
+)
+from .processing import TinyGroundingGPTProcessor, add_placeholder_tokens
+
+__all__ = [
+    "TinyGroundingGPTConfig",
+    "TinyGroundingGPTForConditionalGeneration",
+    "TinyGroundingGPTImageProcessor",
+    "TinyGroundingGPTModel",
+    "TinyGroundingGPTPreTrainedModel",
+    "TinyGroundingGPTProcessor",
+    "add_placeholder_tokens",
+]
+
+# exist_ok: importlib.reload runs this again.
+AutoConfig.register(TinyGroundingGPTConfig.model_type, TinyGroundingGPTConfig, exist_ok=True)
+AutoModel.register(TinyGroundingGPTConfig, TinyGroundingGPTModel, exist_ok=True)
+AutoModelForImageTextToText.register(TinyGroundingGPTConfig, TinyGroundingGPTForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(
+    TinyGroundingGPTConfig, slow_image_processor_class=TinyGroundingGPTImageProcessor, exist_ok=True
+)
+AutoProcessor.register(TinyGroundingGPTConfig, TinyGroundingGPTProcessor, exist_ok=True)
