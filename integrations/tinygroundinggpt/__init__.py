@@ -14,16 +14,24 @@ from .modeling import (
     TinyGroundingGPTModel,
     TinyGroundingGPTPreTrainedModel,
 )
+from .picture import attention_picture, object_attention
 from .processing import TinyGroundingGPTProcessor, add_placeholder_tokens
+from .training import STAGES, ZERO2, freeze_for_stage, training_arguments
 
 __all__ = [
+    "STAGES",
     "TinyGroundingGPTConfig",
     "TinyGroundingGPTForConditionalGeneration",
     "TinyGroundingGPTImageProcessor",
     "TinyGroundingGPTModel",
     "TinyGroundingGPTPreTrainedModel",
     "TinyGroundingGPTProcessor",
+    "ZERO2",
     "add_placeholder_tokens",
+    "attention_picture",
+    "freeze_for_stage",
+    "object_attention",
+    "training_arguments",
 ]
 
 # exist_ok: importlib.reload runs this again.

@@ -19,19 +19,19 @@ from ..family import ImageSizes, ImageTokens, positions_of_images
 __all__ = ["box_convention", "image_keys", "image_tokens", "install", "key_shape", "read", "vision_encoder"]
 
 
-def install(changes: Changes, model: nn.Module) -> Sequence[nn.Module]:
+def install(changes: Changes, model: Any) -> Sequence[nn.Module]:
     return decoder.install(changes, model, getattr(model, "model", model).language_model)
 
 
-def vision_encoder(model: nn.Module) -> nn.Module:
+def vision_encoder(model: Any) -> nn.Module:
     return getattr(model, "model", model).vision_tower
 
 
-def image_keys(model: nn.Module, inputs: Any) -> Tensor:
+def image_keys(model: Any, inputs: Any) -> Tensor:
     return inputs["input_ids"] == model.config.image_token_id
 
 
-def image_tokens(model: nn.Module, processor: Any, inputs: Any, image_sizes: ImageSizes) -> list[ImageTokens]:
+def image_tokens(model: Any, processor: Any, inputs: Any, image_sizes: ImageSizes) -> list[ImageTokens]:
     patch = model.config.clip_config.patch_size
     grids = [ImageGrid(processor.image_processor.pixel_map(size), (patch, patch)) for size in image_sizes]
     places = positions_of_images(inputs, model.config.image_token_id, [grid.num_keys for grid in grids])

@@ -61,7 +61,6 @@ class TinyGroundingGPTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     config_class = TinyGroundingGPTConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
@@ -93,7 +92,7 @@ class TinyGroundingGPTModel(TinyGroundingGPTPreTrainedModel):
     def set_decoder(self, decoder: nn.Module) -> None:
         self.language_model = decoder
 
-    def get_image_features(self, pixel_values: Tensor, dino_pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor | None, dino_pixel_values: Tensor | None) -> Tensor:
         """(N, 3, S, S) normalised for each encoder to (N, patches, hidden size), as embedded tokens.
 
         Raises:
@@ -131,16 +130,16 @@ class TinyGroundingGPTModel(TinyGroundingGPTPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids, inputs_embeds: expected exactly one of them")
         features = None
-        if pixel_values is not None or dino_pixel_values is not None:
-            if input_ids is None:
-                raise ValueError(
-                    "pixel_values: expected input_ids beside them, which say where images are, got inputs_embeds"
-                )
-            features = self.get_image_features(pixel_values, dino_pixel_values)
+        has_pixels = pixel_values is not None or dino_pixel_values is not None
+        if inputs_embeds is not None and has_pixels:
+            raise ValueError(
+                "pixel_values: expected input_ids beside them, which say where images are, got inputs_embeds"
+            )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if features is not None:
-            inputs_embeds = self._with_features(input_ids, inputs_embeds, features)
+            if has_pixels:
+                features = self.get_image_features(pixel_values, dino_pixel_values)
+                inputs_embeds = self._with_features(input_ids, inputs_embeds, features)
         self._check_length(inputs_embeds, attention_mask)
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -157,7 +156,7 @@ class TinyGroundingGPTModel(TinyGroundingGPTPreTrainedModel):
             image_hidden_states=features,
         )
 
-    def _with_features(self, input_ids: Tensor, inputs_embeds: Tensor, features: Tensor) -> Tensor:
+    def _with_features(self, input_ids: Any, inputs_embeds: Tensor, features: Tensor) -> Tensor:
         places = self.placeholders(input_ids)
         # Masked scattering fills what is missing with anything. Compiled code is not made to wait for the count.
         if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0] * features.shape[1]:
@@ -211,7 +210,7 @@ class TinyGroundingGPTForConditionalGeneration(TinyGroundingGPTPreTrainedModel, 
     def set_decoder(self, decoder: nn.Module) -> None:
         self.model.set_decoder(decoder)
 
-    def get_image_features(self, pixel_values: Tensor, dino_pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor | None, dino_pixel_values: Tensor | None) -> Tensor:
         """See TinyGroundingGPTModel.get_image_features."""
         return self.model.get_image_features(pixel_values, dino_pixel_values)
 
@@ -275,7 +274,7 @@ class TinyGroundingGPTForConditionalGeneration(TinyGroundingGPTPreTrainedModel, 
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: Tensor,
+        input_ids: Any,
         pixel_values: Tensor | None = None,
         dino_pixel_values: Tensor | None = None,
         **kwargs: Any,
@@ -288,8 +287,8 @@ class TinyGroundingGPTForConditionalGeneration(TinyGroundingGPTPreTrainedModel, 
         return model_inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **kwargs: Any
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Any = None, **kwargs: Any
+    ) -> Any:
         """For beams and several sequences: the images of a row together, where transformers repeats each by itself."""
         pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "dino_pixel_values")}
         if expand_size > 1 and input_ids is not None and pixels["pixel_values"] is not None:

@@ -60,6 +60,11 @@ class TinyGroundingGPTProcessor(ProcessorMixin):  # type: ignore[misc]
         ValueError: the tokenizer lacks one of the two tokens, or the image is not a whole number of patches.
     """
 
+    if not IS_TRANSFORMERS_5:  # release 5 reads the signature of __init__ instead, and warns of these
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
     def __init__(
         self, image_processor: Any, tokenizer: Any, patch_size: int = 14, chat_template: Any = None, **kwargs: Any
     ) -> None:
@@ -137,7 +142,7 @@ class TinyGroundingGPTProcessor(ProcessorMixin):  # type: ignore[misc]
             if kwargs.pop(name, None) is not None:
                 raise TypeError(f"{name}: TinyGroundingGPT takes none")
         is_one = isinstance(text, str)
-        texts = [text] if is_one else list(text)  # type: ignore[list-item]
+        texts: list[Any] = [text] if is_one else list(text)
         if not all(isinstance(entry, str) for entry in texts):
             raise TypeError(f"text: expected a text or a list of texts, got {describe(text)}")
         tensors = [] if images is None else as_image_tensors(images)
@@ -256,12 +261,6 @@ class TinyGroundingGPTProcessor(ProcessorMixin):  # type: ignore[misc]
                     f"{name}: expected at most {limit} tokens (tokenizer.model_max_length), got {length}, of which "
                     f"{expected} stand for its {count} images and objects"
                 )
-
-
-if not IS_TRANSFORMERS_5:  # release 5 reads the signature of __init__, and warns of these
-    TinyGroundingGPTProcessor.attributes = ["image_processor", "tokenizer"]
-    TinyGroundingGPTProcessor.image_processor_class = "AutoImageProcessor"
-    TinyGroundingGPTProcessor.tokenizer_class = "AutoTokenizer"
 
 
 def _boxes_of_texts(boxes: Any, num_texts: int, is_one: bool, name: str) -> list[list[Any]]:
