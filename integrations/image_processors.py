@@ -302,4 +302,4 @@ def _level_zero(steps: Steps) -> Tensor:
         torch.tensor(default if value is None else value, dtype=torch.float64).expand(3)
         for value, default in ((steps.mean, 0.0), (steps.std, 1.0))
     )
-    return (-mean / std).float()
+    return ((0.0 - mean) / std).float()

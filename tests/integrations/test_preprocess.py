@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,49 +10,28 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
-from torch import Tensor
 
 pytest.importorskip("hypothesis", reason="hypothesis draws the boxes")
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BatchFeature
 
 import finegrain_ops
 from finegrain_ops import UnsupportedInputError, preprocess
-from image_processor_cases import RELEASED, SMALL, image_processor, llava, qwen2_vl, square
+from image_processor_cases import (
+    RELEASED,
+    SMALL,
+    assert_equal,
+    expected,
+    image_processor,
+    llava,
+    noise,
+    qwen2_vl,
+    square,
+)
 
 Box = tuple[int, int, int, int]
 
 COFFEE, CHELSEA = (Image.fromarray(photograph()) for photograph in (skimage.data.coffee, skimage.data.chelsea))
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def expected(processor: Any, crops: list[Image.Image]) -> BatchFeature:
-    # transformers 4.57 takes a crop of 1 or 3 rows for one with its channels first, unless it is told. LLaVA-NeXT's
-    # does not tell it to its own `pad`, which only 4.57 calls with crops.
-    if hasattr(processor, "_pad_for_patching"):
-        processor.pad = partial(pad_with_channels_last, type(processor).pad, processor)
-    return processor(images=crops, return_tensors="pt", input_data_format="channels_last")
-
-
-def pad_with_channels_last(pad: Any, processor: Any, image: np.ndarray, padding: Any, **layout: Any) -> np.ndarray:
-    return pad(processor, image, padding, **{**layout, "input_data_format": "channels_last"})
-
-
-def assert_equal(actual: BatchFeature, expected: BatchFeature, std: Tensor | float = 1.0) -> None:
-    """To the level, and in float32: each of the two rounds three or four numbers below 1 / std."""
-    assert isinstance(actual, BatchFeature)
-    assert set(actual) == set(expected)
-    assert actual["pixel_values"].dtype == torch.float32
-    assert actual["pixel_values"].is_contiguous()
-    for name in set(expected) - {"pixel_values"}:
-        assert actual[name].dtype == torch.int64
-        assert torch.equal(actual[name], expected[name])
-    smallest_std = float(torch.as_tensor(std).min())
-    torch.testing.assert_close(actual["pixel_values"], expected["pixel_values"], atol=2.0**-21 / smallest_std, rtol=0)
 
 
 @pytest.mark.parametrize("name", RELEASED)
