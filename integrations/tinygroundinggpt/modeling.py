@@ -110,9 +110,15 @@ class TinyGroundingGPTModel(TinyGroundingGPTPreTrainedModel):
         both = torch.cat([pixel_values, dino_pixel_values.to(pixel_values)], dim=1)
         return self.multi_modal_projector(self.vision_tower(both))
 
-    def placeholders(self, input_ids: Tensor) -> Tensor:
-        """Which tokens an image or an object image takes the place of, as input_ids."""
-        return (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
+    def image_places(self, input_ids: Tensor) -> Tensor:
+        """(B, P) bool: the tokens whose place the features of images and objects take.
+
+        Of each row as many as make whole images, from its start. Fewer than that beyond them are of the model's own
+        making: it may write "<object>", which then is a token like any other.
+        """
+        places = (input_ids == self.config.image_token_id) | (input_ids == self.config.object_token_id)
+        length = self.config.image_seq_length
+        return places & (places.cumsum(1) <= places.sum(1, keepdim=True) // length * length)
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -157,7 +163,7 @@ class TinyGroundingGPTModel(TinyGroundingGPTPreTrainedModel):
         )
 
     def _with_features(self, input_ids: Any, inputs_embeds: Tensor, features: Tensor) -> Tensor:
-        places = self.placeholders(input_ids)
+        places = self.image_places(input_ids)
         # Masked scattering fills what is missing with anything. Compiled code is not made to wait for the count.
         if not torch.compiler.is_compiling() and int(places.sum()) != features.shape[0] * features.shape[1]:
             raise ValueError(
@@ -282,7 +288,7 @@ class TinyGroundingGPTForConditionalGeneration(TinyGroundingGPTPreTrainedModel, 
         """Pixels go with the step whose tokens stand for them: the first, unless the cache already holds the images."""
         model_inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, **kwargs)
         step_ids = model_inputs.get("input_ids")
-        if pixel_values is not None and step_ids is not None and bool(self.model.placeholders(step_ids).any()):
+        if pixel_values is not None and step_ids is not None and bool(self.model.image_places(step_ids).any()):
             model_inputs |= {"pixel_values": pixel_values, "dino_pixel_values": dino_pixel_values}
         return model_inputs
 
@@ -292,7 +298,7 @@ class TinyGroundingGPTForConditionalGeneration(TinyGroundingGPTPreTrainedModel, 
         """For beams and several sequences: the images of a row together, where transformers repeats each by itself."""
         pixels = {name: kwargs.pop(name, None) for name in ("pixel_values", "dino_pixel_values")}
         if expand_size > 1 and input_ids is not None and pixels["pixel_values"] is not None:
-            counts = self.model.placeholders(input_ids).sum(1) // self.config.image_seq_length
+            counts = self.model.image_places(input_ids).sum(1) // self.config.image_seq_length
             pixels = {
                 name: torch.cat([of_row.repeat(expand_size, 1, 1, 1) for of_row in value.split(counts.tolist())])
                 for name, value in pixels.items()
