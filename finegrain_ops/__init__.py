@@ -3,7 +3,7 @@
 The operators: `reweighted_attention`, `reweighted_attention_varlen`, `attention_map`, `crop_resize`. Boxes in text:
 `finegrain_ops.boxes`; the regions around them: `finegrain_ops.regions`, and the tokens that they
 touch: `finegrain_ops.families`. Hugging Face models: `patch`, `preprocess`. Methods that answer questions with them:
-`CoF`. Pictures of attention: `import finegrain_ops.plot`.
+`CoF`, `DualFocus`. Pictures of attention: `import finegrain_ops.plot`.
 Importing this package imports torch, but neither triton nor transformers.
 """
 
@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from .integrations.image_processors import preprocess
     from .integrations.patching import patch
     from .methods.cof import CoF, CoFResult
+    from .methods.dualfocus import DualFocus, DualFocusResult
 
 __all__ = [
     "CoF",
     "CoFResult",
+    "DualFocus",
+    "DualFocusResult",
     "UnsupportedInputError",
     "UnsupportedModelError",
     "__version__",
@@ -62,4 +65,8 @@ def __getattr__(name: str) -> Any:
         from .methods import cof
 
         return getattr(cof, name)
+    if name in ("DualFocus", "DualFocusResult"):
+        from .methods import dualfocus
+
+        return getattr(dualfocus, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,8 @@ from ..boxes import Box
 from ..families import ImageGrid
 from ..integrations.handle import PatchHandle
 from ..integrations.patching import patch
-from ..validation import clip_boxes_of_image, describe, require_bool, require_length, require_number
+from ..validation import clip_boxes_of_image, require_bool, require_length, require_number
+from .arguments import check_questions, one_of
 from .generation import GREEDY, check_generation, generate_answers
 from .grounding import BOX_CONVENTIONS, GROUNDING_PROMPT, first_box, image_grids, region_around
 from .prompting import Prompter, Template, fill, open_images, require_template
@@ -155,14 +156,14 @@ class CoF:
         self.expand = require_number(expand, "expand", minimum=0.0, what="a finite number > 0")
         if self.expand == 0.0:
             raise ValueError("expand: expected a finite number > 0, got 0.0; 1.0 keeps the box's size")
-        self.on_missing_box = _one_of(on_missing_box, ON_MISSING_BOX, "on_missing_box")
+        self.on_missing_box = one_of(on_missing_box, ON_MISSING_BOX, "on_missing_box")
         self.grounding = require_bool(grounding, "grounding")
-        self.rows = _one_of(rows, ROWS, "rows")
+        self.rows = one_of(rows, ROWS, "rows")
         self.square = require_bool(square, "square")
         self.soft = require_bool(soft, "soft")
         self.prompt = require_template(prompt, "prompt")
         self.retry_prompt = None if retry_prompt is None else require_template(retry_prompt, "retry_prompt")
-        self.box_convention = _one_of(box_convention, BOX_CONVENTIONS, "box_convention")
+        self.box_convention = one_of(box_convention, BOX_CONVENTIONS, "box_convention")
         if require_length(grounding_tokens, "grounding_tokens") == 0:
             raise ValueError("grounding_tokens: expected an integer > 0, got 0; grounding=False leaves the pass out")
         self.grounding_tokens = grounding_tokens
@@ -180,7 +181,7 @@ class CoF:
         Raises:
             ValueError: there is no such preset.
         """
-        return cls(model, processor, **{**PRESETS[_one_of(name, tuple(PRESETS), "preset")], **options})
+        return cls(model, processor, **{**PRESETS[one_of(name, tuple(PRESETS), "preset")], **options})
 
     def answer(self, image: Any, question: str, *, boxes: Any = None, **generation: Any) -> CoFResult:
         """One image and question; see `answer_batch`. boxes: one box, or a list of boxes."""
@@ -204,7 +205,7 @@ class CoF:
             MissingBoxError: see on_missing_box.
         """
         check_generation(generation)
-        _check_questions(images, questions)
+        check_questions(images, questions)
         if boxes is not None and not self.grounding:
             raise ValueError("boxes: expected None with grounding=False, which takes the whole image")
         pictures, sizes = open_images(images, as_paths=self._prompter.writes_paths)
@@ -215,7 +216,7 @@ class CoF:
             asks_for_boxes = self.grounding and given is None
             inputs, grounding_inputs, prefix = self._inputs(handle, pictures, questions, asks_for_boxes, watch)
             with watch.phase("region"):
-                grids = image_grids(handle, inputs, sizes)
+                grids = image_grids(handle.model, handle.processor, inputs, sizes)
                 on_whole_image = self._bias_on_whole_images(handle, inputs, sizes)
                 gate = handle.row_gate(inputs, self.rows)
             batch = _Batch(pictures, sizes, list(questions), grids, handle, watch)
@@ -355,27 +356,6 @@ def _patched(model: Any, processor: Any) -> Iterator[PatchHandle]:
         return
     with patch(model, processor) as handle:
         yield handle
-
-
-def _one_of(value: Any, options: tuple[str, ...], name: str) -> str:
-    if value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
-    return str(value)
-
-
-def _check_questions(images: object, questions: object) -> None:
-    for name, values in (("images", images), ("questions", questions)):
-        if not isinstance(values, (list, tuple)):
-            raise TypeError(f"{name}: expected a list, got {describe(values)}; answer() takes one image and question")
-        if not values:
-            raise ValueError(f"{name}: expected at least one, got an empty list")
-    if len(images) != len(questions):  # type: ignore[arg-type]
-        raise ValueError(
-            f"questions: expected one for each of the {len(images)} images, got {len(questions)}"  # type: ignore[arg-type]
-        )
-    for i, question in enumerate(questions):  # type: ignore[arg-type, var-annotated]
-        if not isinstance(question, str):
-            raise TypeError(f"questions[{i}]: expected a str, got {describe(question)}")
 
 
 def _given_boxes(boxes: Sequence[Any], sizes: list[tuple[int, int]]) -> list[list[Box]]:

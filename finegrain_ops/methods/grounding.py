@@ -9,6 +9,7 @@ from typing import Any
 from ..boxes import CONVENTIONS, Box, expand_box, parse_boxes
 from ..families import ImageGrid
 from ..geometry import AxisMap, PixelMap, token_mask
+from ..integrations.family import family_of
 
 # Those of `parse_boxes`, and 0..1 of what the model sees: of the square that is cut out, or of the padded square.
 BOX_CONVENTIONS = (*CONVENTIONS, "unit_view")
@@ -25,14 +26,14 @@ STRICT_GROUNDING_PROMPT = (
 )
 
 
-def image_grids(handle: Any, inputs: Any, image_sizes: list[tuple[int, int]]) -> list[list[ImageGrid]]:
+def image_grids(model: Any, processor: Any, inputs: Any, image_sizes: list[tuple[int, int]]) -> list[list[ImageGrid]]:
     """The grids of tokens of each image; see integrations/family.py.
 
     Raises:
         ValueError: inputs do not fit the images.
     """
     grids: list[list[ImageGrid]] = [[] for _ in image_sizes]
-    for tokens in handle.family.image_tokens(handle.model, handle.processor, inputs, image_sizes):
+    for tokens in family_of(model.config.model_type).image_tokens(model, processor, inputs, image_sizes):
         grids[tokens.image_index].append(tokens.grid)
     return grids
 
@@ -51,6 +52,23 @@ def first_box(text: str, image_size: tuple[int, int], convention: str, grids: Se
     else:
         boxes = parse_boxes(text, image_size=image_size, convention=convention, processed_size=pixels.size)
     return boxes[0] if boxes else None
+
+
+def as_fractions(box: Box, image_size: tuple[int, int], convention: str, grids: Sequence[ImageGrid]) -> Box:
+    """A box in pixels of the original image, 0..1 of what its convention counts from: of the image; of the padded
+    square; or of what the model sees. The inverse of `first_box`.
+    """
+    height, width = image_size
+    if convention == "unit_view":
+        pixels = grids[0].pixels
+    elif convention == "unit_padded":
+        pixels = PixelMap.of_image(image_size).pad_to_square()
+    else:
+        return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+    height, width = pixels.size
+    x0, x1 = (float(pixels.x(edge) / width) for edge in box[::2])
+    y0, y1 = (float(pixels.y(edge) / height) for edge in box[1::2])
+    return x0, y0, x1, y1
 
 
 def _seen_through(pixels: PixelMap, box: Box, image_size: tuple[int, int]) -> Box | None:

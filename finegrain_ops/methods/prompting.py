@@ -70,6 +70,11 @@ class Prompter:
         else:
             self._template = self._default_template()
 
+    @property
+    def image_processor(self) -> Any:
+        """None of the original Qwen-VL, whose model opens images itself."""
+        return getattr(self._processor, "image_processor", None)
+
     def texts(self, images: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """The prompt of each question, with the image where the model wants it."""
         return [self._text(image, question) for image, question in zip(images, questions)]

@@ -263,7 +263,7 @@ class ImagePrefix:
         _require_known(inputs)
         ids, mask = (tensor[:, :length] for tensor in _ids_and_mask(inputs))
         images = {name: value for name, value in inputs.items() if _is_of_images(name)}
-        positions, _ = _positions(model, ids, mask, images)
+        positions, _ = positions_of(model, ids, mask, images)
         # Without the language-model head: nothing is read off the prefix, and not every head can skip positions.
         cache = model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, **images
@@ -295,7 +295,7 @@ class ImagePrefix:
         if generation.get("key_bias") is not None:
             self._check_bias(mask, generation["key_bias"], generation.get("row_gate"))
         images = {name: value for name, value in self._inputs.items() if _is_of_images(name)}
-        _, rope_deltas = _positions(self.model, ids, mask, images)
+        _, rope_deltas = positions_of(self.model, ids, mask, images)
         if rope_deltas is not None:
             # generate counts on from the deltas of whichever batch ran last, so they have to be this one's.
             self.model.model.rope_deltas = rope_deltas
@@ -433,7 +433,7 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b) and bool(a == b)
 
 
-def _positions(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+def positions_of(model: Any, ids: Tensor, mask: Tensor, images: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
     """Position ids as generate makes them, (B, P); of Qwen2-VL and later (3, B, P), with the rope deltas (B, 1)."""
     if not hasattr(model.model, "get_rope_index"):
         return (mask.long().cumsum(1) - 1).clamp(min=0), None

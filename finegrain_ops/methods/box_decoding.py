@@ -1,0 +1,190 @@
+"""Boxes that cannot be malformed, in about as many decoder steps as they have digits to choose.
+
+At every choice only tokens that go on with a box of the grammar are compared. What has no alternative is not asked for:
+it is run together with the choice before it (jump-forward), and so is a guess at a number's leading zero, which the
+same run confirms or takes back. Greedy. Where all is spelled out in single characters, the box is the one that the
+model would write if it were asked token by token, `jump_forward=False`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .box_grammar import BoxGrammar, BoxState
+from .box_vocabulary import BoxVocabulary, Option
+from .prompt_tree import PromptTree
+
+
+@dataclass
+class _Row:
+    """One box being written. Its tokens are `said`, of which the first `num_run` were run; `state` is after them.
+
+    guess is run after them, as options one after another.
+    """
+
+    state: BoxState
+    said: list[int] = field(default_factory=list)
+    log_probabilities: list[float | None] = field(default_factory=list)
+    text: str = ""
+    num_run: int = 0
+    guess: list[Option] = field(default_factory=list)
+
+    @property
+    def is_guess_complete(self) -> bool:
+        return bool(self.guess) and self.guess[-1].after.is_complete
+
+    @property
+    def pending(self) -> list[int]:
+        return [*self.said[self.num_run :], *(option.token for option in self.guess)]
+
+    def say(self, option: Option, log_probability: float | None = None) -> None:
+        self.said.append(option.token)
+        self.log_probabilities.append(log_probability)
+        self.text += option.text
+        self.state = option.after
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Which of the options is likeliest, by a row's logits after the token at `column` of its pending ones; -1 is the
+    last one before them.
+    """
+
+    row: int
+    column: int
+    options: Sequence[Option]
+
+
+class _Reply(NamedTuple):
+    option: Option
+    log_probability: float  # among all tokens
+
+
+class BoxSpeaker:
+    """Writes a box in every row.
+
+    Args:
+        vocabulary: of the model's tokenizer, for the grammars' format.
+        grammars: of each row.
+        jump_forward: False asks for every token in a step of its own, forced or not.
+        branch: of the tree; see `decoding.Speaker`.
+    """
+
+    def __init__(
+        self,
+        vocabulary: BoxVocabulary,
+        grammars: Sequence[BoxGrammar],
+        *,
+        jump_forward: bool = True,
+        branch: int = 0,
+    ) -> None:
+        self.branch = branch
+        self._vocabulary = vocabulary
+        self._jump_forward = jump_forward
+        self._rows = [_Row(grammar.start()) for grammar in grammars]
+        self._is_first = True
+        for row in self._rows:
+            self._go_on(row)
+
+    @property
+    def said(self) -> list[list[int]]:
+        return [row.said for row in self._rows]
+
+    @property
+    def unfed(self) -> list[list[int]]:
+        """Per row, the tokens that were said and not run."""
+        return [row.said[row.num_run :] for row in self._rows]
+
+    @property
+    def log_probabilities(self) -> list[list[float | None]]:
+        """Per row and token, log p(w_i | w_<i) among all tokens, in float32; None where the logits were not heard."""
+        return [row.log_probabilities for row in self._rows]
+
+    @property
+    def texts(self) -> list[str]:
+        return [row.text for row in self._rows]
+
+    @property
+    def num_heard(self) -> int:
+        return self._is_first + max(len(row.pending) for row in self._rows)
+
+    def pending(self) -> list[list[int]]:
+        return [[] if row.state.is_complete else row.pending for row in self._rows]
+
+    def hear(self, tree: PromptTree, logits: Tensor) -> None:
+        speaking = [(i, row) for i, row in enumerate(self._rows) if not row.state.is_complete]
+        replies = iter(self._replies(logits, [question for i, row in speaking for question in self._questions(i, row)]))
+        taken_back = [0] * len(self._rows)
+        for i, row in speaking:
+            for k in self._unheard(row):
+                row.log_probabilities[k] = next(replies).log_probability
+            choices = [next(replies) for _ in range(len(row.guess) + (not row.is_guess_complete))]
+            guess, row.guess, row.num_run = row.guess, [], len(row.said)
+            right = 0
+            while right < len(guess) and guess[right].token == choices[right].option.token:
+                right += 1
+            for choice in choices[: right + 1]:
+                row.say(*choice)
+            row.num_run += right
+            taken_back[i] = len(guess) - right
+            self._go_on(row)
+        self._is_first = False
+        tree.take_back(self.branch, taken_back)
+
+    def _go_on(self, row: _Row) -> None:
+        """Says what is forced, and guesses what then comes."""
+        if not self._jump_forward:
+            return
+        for option in self._vocabulary.options_of(row.state, row.text, row.state.forced()[0]):
+            row.say(option)
+        state, text = row.state, row.text
+        while likely := state.likely():
+            after = state.after(likely)
+            assert after is not None
+            options = self._vocabulary.options_of(state, text, likely + after.forced()[0])
+            row.guess += options
+            state, text = options[-1].after, text + "".join(option.text for option in options)
+
+    def _unheard(self, row: _Row) -> list[int]:
+        """Of the tokens about to have been run, those whose predecessor is run too and that nobody has asked about."""
+        first = row.num_run + (not self._is_first)
+        return [k for k in range(first, len(row.said)) if row.log_probabilities[k] is None]
+
+    def _questions(self, i: int, row: _Row) -> list[_Question]:
+        """About what was said unheard, then about each token of the guess, then about what follows."""
+
+        num_sure = len(row.said) - row.num_run
+        questions = []
+        for k in self._unheard(row):
+            questions.append(_Question(i, k - row.num_run - 1, [Option(row.said[k], "", row.state)]))
+        state, text = row.state, row.text
+        for k, option in enumerate(row.guess):
+            is_forced = len(state.next_characters()) == 1
+            questions.append(_Question(i, num_sure - 1 + k, [option] if is_forced else self._options(state, text)))
+            state, text = option.after, text + option.text
+        if not row.is_guess_complete:
+            questions.append(_Question(i, num_sure - 1 + len(row.guess), self._options(state, text)))
+        return questions
+
+    def _options(self, state: BoxState, text: str) -> Sequence[Option]:
+        forced, _ = state.forced()
+        return self._vocabulary.options_of(state, text, forced)[:1] if forced else self._vocabulary.allowed(state)
+
+    def _replies(self, logits: Tensor, questions: Sequence[_Question]) -> list[_Reply]:
+        """logits (B, n, vocabulary). Asks the device once for all."""
+        if not questions:
+            return []
+        lengths = [len(self._rows[q.row].pending) for q in questions]
+        columns = [logits.shape[1] - n + q.column for n, q in zip(lengths, questions)]
+        width = max(len(q.options) for q in questions)
+        tokens = torch.tensor([[o.token for o in q.options] + [-1] * (width - len(q.options)) for q in questions])
+        rows, tokens = torch.tensor([[q.row for q in questions], columns]), tokens.to(logits.device)
+        scores = logits[rows[0].to(logits.device), rows[1].to(logits.device)].float()  # (questions, vocabulary)
+        best, which = scores.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, float("-inf")).max(1)
+        heard = torch.stack([which.double(), (best - scores.logsumexp(1)).double()], 1).tolist()
+        return [_Reply(q.options[int(k)], probability) for q, (k, probability) in zip(questions, heard)]
