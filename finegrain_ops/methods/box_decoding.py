@@ -8,16 +8,18 @@ model would write if it were asked token by token, `jump_forward=False`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .box_grammar import BoxGrammar, BoxState
 from .box_vocabulary import BoxVocabulary, Option
-from .prompt_tree import PromptTree
+from .decoding import speak
+from .prompt_tree import PromptTree, images_of, positions_in_prompts, token_rows
+from .reuse import ImagePrefix
 
 
 @dataclass
@@ -188,3 +190,34 @@ class BoxSpeaker:
         best, which = scores.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, float("-inf")).max(1)
         heard = torch.stack([which.double(), (best - scores.logsumexp(1)).double()], 1).tolist()
         return [_Reply(q.options[int(k)], probability) for q, (k, probability) in zip(questions, heard)]
+
+
+def write_boxes(
+    model: Any,
+    inputs: Mapping[str, Any],
+    vocabulary: BoxVocabulary,
+    grammars: Sequence[BoxGrammar],
+    prefix: ImagePrefix | None = None,
+    *,
+    jump_forward: bool = True,
+) -> list[list[int]]:
+    """The tokens of a box after each prompt.
+
+    Args:
+        inputs: the prompts, (B, P), with their images.
+        vocabulary, grammars, jump_forward: see `BoxSpeaker`.
+        prefix: of the same images and prompts; then only what comes after it is run.
+    """
+    writer = BoxSpeaker(vocabulary, grammars, jump_forward=jump_forward)
+    rows = token_rows(inputs, 0 if prefix is None else prefix.length)
+    prompts = [tokens + first for tokens, first in zip(rows, writer.pending())]
+    if prefix is not None:
+        tree = PromptTree.of_prefix(prefix)
+        writer.branch = tree.grow(0)
+        speak(tree, [(tree.text(writer.branch, prompts), writer)])
+        return writer.said
+    tree, images = PromptTree(model, len(rows)), images_of(inputs)
+    writer.branch = tree.grow()
+    positions = positions_in_prompts(model, prompts, images)
+    speak(tree, [(tree.prompt(writer.branch, prompts, positions), writer)], images)
+    return writer.said

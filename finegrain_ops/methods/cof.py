@@ -21,8 +21,12 @@ from ..integrations.handle import PatchHandle
 from ..integrations.patching import patch
 from ..validation import clip_boxes_of_image, require_bool, require_length, require_number
 from .arguments import check_questions, one_of
+from .box_decoding import write_boxes
+from .box_grammar import BoxGrammar, format_of
+from .box_vocabulary import BoxVocabulary
 from .generation import GREEDY, check_generation, generate_answers
 from .grounding import BOX_CONVENTIONS, GROUNDING_PROMPT, first_box, image_grids, region_around
+from .prompt_tree import require_tree_model
 from .prompting import Prompter, Template, fill, open_images, require_template
 from .results import MethodResult, Stopwatch
 from .reuse import IMAGES_IN_PROMPT, ImagePrefix, align_after_images, vision_once
@@ -122,8 +126,10 @@ class CoF:
             grounding.STRICT_GROUNDING_PROMPT is one.
         box_convention: in which convention of `boxes.parse_boxes` the model writes boxes, or "unit_view": 0..1 of what
             is left of the image after preprocessing; "auto": its family's.
-        grounding_tokens: max_new_tokens of the first pass.
-        grounding_generation: further settings of its `generate`, which is greedy.
+        constrained: write the box of the first pass by its grammar, in the family's format and fewer decoder steps
+            (box_decoding.py): there always is one then. Families whose prompts hold image tokens.
+        grounding_tokens: max_new_tokens of the first pass, where it is not constrained.
+        grounding_generation: further settings of its `generate`, likewise; greedy.
         template: how a question becomes the model's prompt; see prompting.Prompter.
 
     Raises:
@@ -146,6 +152,7 @@ class CoF:
         prompt: Template = GROUNDING_PROMPT,
         retry_prompt: Template | None = None,
         box_convention: str = "auto",
+        constrained: bool = False,
         grounding_tokens: int = 64,
         grounding_generation: Mapping[str, Any] | None = None,
         template: Template | None = None,
@@ -167,12 +174,22 @@ class CoF:
         if require_length(grounding_tokens, "grounding_tokens") == 0:
             raise ValueError("grounding_tokens: expected an integer > 0, got 0; grounding=False leaves the pass out")
         self.grounding_tokens = grounding_tokens
+        self.constrained = require_bool(constrained, "constrained")
+        if grounding_generation is not None and constrained:
+            raise ValueError("grounding_generation: expected None with constrained=True, which is greedy; leave it out")
         self.grounding_generation = dict(grounding_generation or {})
         check_generation(self.grounding_generation)
         self.model = model
         self.processor = processor
-        with _patched(model, processor):  # refuses a model that cannot be patched
+        with _patched(model, processor) as handle:  # refuses a model that cannot be patched
             self._prompter = Prompter(model, processor, template)
+            if box_convention == "auto":
+                box_convention = handle.family.box_convention(processor)
+            self._box_convention = box_convention
+            if self.constrained:
+                require_tree_model(model)
+                self._box_format = format_of(handle.model_type, box_convention)
+                self._vocabulary = BoxVocabulary(self._prompter.tokenizer, self._box_format)
 
     @classmethod
     def from_preset(cls, name: str, model: Any, processor: Any, **options: Any) -> CoF:
@@ -285,22 +302,28 @@ class CoF:
         self, batch: _Batch, indices: Sequence[int], inputs: Mapping[str, Any], prefix: ImagePrefix | None = None
     ) -> list[_Located]:
         """Asks for the boxes of these images of the batch, which `inputs` hold."""
-        defaults = {**GREEDY, "max_new_tokens": self.grounding_tokens}
         with batch.watch.phase("ground"):
-            decode = self._prompter.decode_markup
-            settings = self.grounding_generation
-            texts = generate_answers(self.model, inputs, decode, settings, defaults, prefix=prefix).texts
-        convention = self.box_convention
-        if convention == "auto":
-            convention = batch.handle.family.box_convention(self.processor)
+            texts = self._grounding_texts(batch, indices, inputs, prefix)
         located = []
         for i, text in zip(indices, texts):
-            box = first_box(text, batch.sizes[i], convention, batch.grids[i])
+            box = first_box(text, batch.sizes[i], self._box_convention, batch.grids[i])
             region = None if box is None else self._region(batch, i, box)
             located.append(
                 _Located(text) if region is None else _Located(grounding_text=text, box=box, regions=(region,))
             )
         return located
+
+    def _grounding_texts(
+        self, batch: _Batch, indices: Sequence[int], inputs: Mapping[str, Any], prefix: ImagePrefix | None
+    ) -> list[str]:
+        decode = self._prompter.decode_markup
+        if not self.constrained:
+            defaults = {**GREEDY, "max_new_tokens": self.grounding_tokens}
+            settings = self.grounding_generation
+            return generate_answers(self.model, inputs, decode, settings, defaults, prefix=prefix).texts
+        of_image = BoxGrammar.of_image
+        grammars = [of_image(self._box_format, self._box_convention, batch.grids[i]) for i in indices]
+        return [decode(tokens) for tokens in write_boxes(self.model, inputs, self._vocabulary, grammars, prefix)]
 
     def _given(self, batch: _Batch, i: int, boxes: list[Box]) -> _Located:
         regions = [self._region(batch, i, box) for box in boxes]

@@ -27,11 +27,13 @@ class Speaker(Protocol):
 
     Attributes:
         branch: of the tree.
-        num_heard: the logits after how many of the last tokens it wants.
     """
 
     branch: int
-    num_heard: int
+
+    @property
+    def num_heard(self) -> int:
+        """The logits after how many of the last tokens it wants."""
 
     def pending(self) -> list[list[int]]:
         """What each row runs next; [] for rows that are finished."""

@@ -329,7 +329,7 @@ class _Batch:
     def _answers(self, speaker: TextSpeaker) -> dict[int, _Answer]:
         decode = self.method.prompter.decode
         return {
-            row: _Answer(decode(torch.tensor(said)), said, heard)
+            row: _Answer(decode(said), said, heard)
             for row, said, heard in zip(self.passes.rows, speaker.said, speaker.log_probabilities)
         }
 
@@ -351,7 +351,7 @@ class _Batch:
             if given is not None:
                 box = given[i]
             else:
-                text = method.prompter.decode_markup(torch.tensor(written.tokens, dtype=torch.long))
+                text = method.prompter.decode_markup(written.tokens)
                 self.grounding_texts[i] = text
                 box = first_box(text, self.sizes[i], method.box_convention, self.grids[i])
             if box is not None and box[0] < box[2] and box[1] < box[3]:

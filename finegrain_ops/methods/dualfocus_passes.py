@@ -23,9 +23,9 @@ from ..errors import UnsupportedInputError
 from ..integrations.image_processors import preprocess
 from ..regions import dualfocus_crops
 from .box_decoding import BoxSpeaker
-from .decoding import Reciter, TextSpeaker, rules_of, speak
+from .decoding import Reciter, Speaker, TextSpeaker, rules_of, speak
 from .generation import end_tokens
-from .prompt_tree import PromptTree, Segment, positions_in_prompts
+from .prompt_tree import PromptTree, Segment, images_of, left_padded, positions_in_prompts, token_rows
 from .prompting import Prompter
 
 BoxWriter: TypeAlias = TextSpeaker | BoxSpeaker | Reciter
@@ -84,8 +84,8 @@ class Passes:
         self.rows = list(range(len(macro["input_ids"])))
         self._model = model
         self._prompter = prompter
-        self._images = _of_images(macro)
-        self._prompts = self._shared_prompts(_tokens(macro), _tokens(box))
+        self._images = images_of(macro)
+        self._prompts = self._shared_prompts(token_rows(macro), token_rows(box))
         self._tree = PromptTree(model, len(self.rows))
         self._trunk = self._tree.grow()
         self._box = self._trunk  # the branch of the box, once there is one
@@ -110,7 +110,7 @@ class Passes:
 
     def run_first(self, macro: TextSpeaker | None, box: BoxWriter | None) -> None:
         """Lets them write, at once where there are both."""
-        opening: list[tuple[Segment, Any]] = []
+        opening: list[tuple[Segment, Speaker | None]] = []
         images: Mapping[str, Any] = {}
         if self.work.forwards == 0:
             shared = [prompt.box[: prompt.num_shared] for prompt in self._prompts]
@@ -174,16 +174,16 @@ class Passes:
         """
         tails = [self._prompter.follow_up(question) for question in questions]
         inputs = self._prompter.encode_follow_ups(tails, images, made)
-        tail = _tokens(inputs)
+        tail = token_rows(inputs)
         unfed = [box.tokens[len(box.tokens) - box.num_unfed :] for box in boxes]
         whole = [[*self._prompts[row].box, *box.tokens, *b] for row, box, b in zip(self.rows, boxes, tail)]
-        positions = positions_in_prompts(self._model, whole, self._both(inputs), self._model.device)
+        positions = positions_in_prompts(self._model, whole, self._both(inputs))
         of_tail = [of_row[..., of_row.shape[-1] - len(b) :] for of_row, b in zip(positions, tail)]
 
         zoom = self._tree.grow(self._box)
         rest = Reciter([[*a[1:], b[0]] if a else [] for a, b in zip(unfed, tail)], zoom)
         again = None if macro_answers is None else Reciter(macro_answers)
-        opening: list[tuple[Segment, Any]] = []
+        opening: list[tuple[Segment, Speaker | None]] = []
         if any(unfed):
             opening.append((self._tree.text(zoom, unfed), None if again is None else rest))
         # All but the last token, from which both the micro answer and the macro answer that is to be scored go on.
@@ -197,7 +197,7 @@ class Passes:
         if again is not None:
             own = [[*first, *said[:-1]] for first, said in zip(last, again.said)]
             opening.append((self._tree.text(again.branch, own), again))
-        speak(self._tree, opening, _of_images(inputs))
+        speak(self._tree, opening, images_of(inputs))
         if again is None:
             return micro, []
         of_boxes = [
@@ -209,9 +209,8 @@ class Passes:
     # --- how ---
 
     def _shared_prompts(self, macro: list[list[int]], box: list[list[int]]) -> list[_Prompt]:
-        grids = {name: value for name, value in self._images.items() if name == "image_grid_thw"}
-        device, image_token = self._model.device, self._model.config.image_token_id
-        positions = positions_in_prompts(self._model, box, grids, device)
+        image_token = self._model.config.image_token_id
+        positions = positions_in_prompts(self._model, box, self._images)
         prompts = []
         for i, (a, b, of_row) in enumerate(zip(macro, box, positions)):
             alike = next((k for k, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
@@ -225,11 +224,9 @@ class Passes:
         return prompts
 
     def _text_speaker(self, rows: Sequence[Sequence[int]], generation: Settings, defaults: Settings) -> TextSpeaker:
-        width, device = max(map(len, rows)), self._model.device
         pad = end_tokens(self._model, generation)["pad_token_id"]
         pad = 0 if pad is None else int(pad)
-        ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids, mask = left_padded(rows, pad, self._model.device)
         return TextSpeaker(rules_of(self._model, ids, mask, generation, defaults), ids, pad)
 
     def _both(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -238,13 +235,3 @@ class Passes:
             return {}
         first = self._images["image_grid_thw"][torch.tensor(self.rows, device=self._model.device)]
         return {"image_grid_thw": torch.stack([first, inputs["image_grid_thw"]], 1).flatten(0, 1)}
-
-
-def _of_images(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if name.startswith(("pixel_", "image_"))}
-
-
-def _tokens(inputs: Mapping[str, Any]) -> list[list[int]]:
-    """Of each row, without padding."""
-    rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist())
-    return [[token for token, is_real in zip(ids, mask) if is_real] for ids, mask in rows]

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedModelError
-from .reuse import IMAGES_IN_PROMPT, positions_of
+from .reuse import IMAGES_IN_PROMPT, ImagePrefix, is_of_images, positions_of
 
 _NOBODY = -1  # the branch of a column that no token sees
 _BLOCK = 64  # columns by which a cache grows
@@ -71,6 +71,17 @@ class PromptTree:
         self._last: list[tuple[int, int]] = []  # per branch: the columns of its last segment
         self._has_sections = hasattr(model.model, "get_rope_index")
         self._longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+    @classmethod
+    def of_prefix(cls, prefix: ImagePrefix) -> PromptTree:
+        """With one branch, 0, that is the prefix. Its tensors are shared until something is added."""
+        tree = cls(prefix.model, len(prefix.mask))
+        trunk = tree.grow()
+        tree._branch = torch.where(prefix.mask.cpu(), trunk, _NOBODY)
+        tree._next[trunk] = prefix.next_positions.tolist()
+        for layer, (keys, values) in zip(tree._layers, prefix.states):
+            layer.adopt(keys, values)
+        return tree
 
     @property
     def batch_size(self) -> int:
@@ -213,15 +224,34 @@ def require_tree_model(model: Any) -> None:
     _growing_layers(model)
 
 
-def positions_in_prompts(
-    model: Any, rows: Sequence[Sequence[int]], images: Mapping[str, Any], device: torch.device
-) -> list[Tensor]:
-    """Of the tokens of whole prompts, as `reuse.positions_of`: (n,) for each row, or (3, n) with M-RoPE; on the CPU."""
+def token_rows(inputs: Mapping[str, Any], start: int = 0) -> list[list[int]]:
+    """The tokens of each row of a processor's batch from column `start` on, without padding."""
+    rows = zip(inputs["input_ids"][:, start:].tolist(), inputs["attention_mask"][:, start:].tolist())
+    return [[token for token, is_real in zip(ids, mask) if is_real] for ids, mask in rows]
+
+
+def images_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor returned of the images: pixels, sizes, grids."""
+    return {name: value for name, value in inputs.items() if is_of_images(name)}
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, (B, P) int64."""
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(tokens)) + list(tokens) for tokens in rows], device=device)
+    ids = torch.tensor([[pad] * (width - len(tokens)) + list(tokens) for tokens in rows], device=device)
     mask = torch.tensor([[0] * (width - len(tokens)) + [1] * len(tokens) for tokens in rows], device=device)
+    return ids, mask
+
+
+def positions_in_prompts(model: Any, rows: Sequence[Sequence[int]], images: Mapping[str, Any]) -> list[Tensor]:
+    """Of the tokens of whole prompts, as `reuse.positions_of`: (n,) for each row, or (3, n) with M-RoPE; on the CPU.
+
+    Args:
+        images: of all rows, in order; only their grids are looked at.
+    """
+    ids, mask = left_padded(rows, 0, model.device)
     positions = positions_of(model, ids, mask, dict(images))[0].cpu()
-    return [positions[..., row, width - len(tokens) :] for row, tokens in enumerate(rows)]
+    return [positions[..., row, ids.shape[1] - len(tokens) :] for row, tokens in enumerate(rows)]
 
 
 class _GrowingLayer(DynamicLayer):
@@ -230,11 +260,15 @@ class _GrowingLayer(DynamicLayer):
     keys: Tensor
     values: Tensor
 
+    def adopt(self, keys: Tensor, values: Tensor) -> None:
+        """Begins with these, (B, H, n, D), which stay as they are."""
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self._key_room = self.keys = keys
+        self._value_room = self.values = values
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            self._key_room, self._value_room = key_states[:, :, :0], value_states[:, :, :0]
-            self.keys, self.values = self._key_room, self._value_room
+            self.adopt(key_states[:, :, :0], value_states[:, :, :0])
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
         if end > self._key_room.shape[2] or len(self.keys) != len(self._key_room):

@@ -150,14 +150,14 @@ class Prompter:
         options = {"padding": True, "padding_side": "left", "return_tensors": "pt", "add_special_tokens": False}
         return self._on_device(dict(processor(images=list(images), text=list(texts), **options)))
 
-    def decode(self, tokens: Tensor) -> str:
+    def decode(self, tokens: Tensor | Sequence[int]) -> str:
         """(N,) tokens as text, without special tokens."""
-        return str(self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(_as_list(tokens), skip_special_tokens=True)).strip()
 
-    def decode_markup(self, tokens: Tensor) -> str:
+    def decode_markup(self, tokens: Tensor | Sequence[int]) -> str:
         """(N,) tokens as text in which special tokens such as <|box_start|> stay, but for those that frame it."""
         frame = [getattr(self.tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")]
-        kept = [token for token in tokens.tolist() if token not in frame]
+        kept = [token for token in _as_list(tokens) if token not in frame]
         return str(self.tokenizer.decode(kept, skip_special_tokens=False)).strip()
 
     # --- how ---
@@ -282,6 +282,10 @@ class _ComputedOnce:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._image_processor, name)
+
+
+def _as_list(tokens: Tensor | Sequence[int]) -> list[int]:
+    return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
 
 
 def _padded_right(ids: Tensor, mask: Tensor) -> dict[str, Tensor]:

@@ -233,14 +233,27 @@ class ImagePrefix:
         boxes = prefix.generate(align_after_images(grounding_inputs, model), max_new_tokens=64)
         answers = prefix.generate(inputs, key_bias=bias, row_gate=handle.row_gate(inputs), max_new_tokens=64)
 
-    length: the number of columns.
+    length: the number of columns. next_positions: (B,), of the token that comes next in each row.
     """
 
-    def __init__(self, model: Any, inputs: dict[str, Any], cache: Cache) -> None:
+    def __init__(self, model: Any, inputs: dict[str, Any], cache: Cache, next_positions: Tensor) -> None:
         self.model = model
         self.length = inputs["input_ids"].shape[1]
+        self.next_positions = next_positions
         self._inputs = inputs
         self._cache = cache
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, length) bool: where there is no padding."""
+        mask: Tensor = self._inputs["attention_mask"] != 0
+        return mask
+
+    @property
+    def states(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer, (B, H, length, D)."""
+        layers: Any = self._cache.layers
+        return [(layer.keys, layer.values) for layer in layers]
 
     @classmethod
     @torch.no_grad()
@@ -262,7 +275,7 @@ class ImagePrefix:
             )
         _require_known(inputs)
         ids, mask = (tensor[:, :length] for tensor in _ids_and_mask(inputs))
-        images = {name: value for name, value in inputs.items() if _is_of_images(name)}
+        images = {name: value for name, value in inputs.items() if is_of_images(name)}
         positions, _ = positions_of(model, ids, mask, images)
         # Without the language-model head: nothing is read off the prefix, and not every head can skip positions.
         cache = model.model(
@@ -274,7 +287,9 @@ class ImagePrefix:
                 f"ImagePrefix: expected a KV cache that grows, got one of {sorted(kind.__name__ for kind in kinds)}; "
                 "use vision_once instead"
             )
-        return cls(model, {"input_ids": ids, "attention_mask": mask, **images}, cache)
+        last = positions.amax(0) if positions.dim() == 3 else positions  # with M-RoPE text counts on from the highest
+        following = last.masked_fill(mask == 0, -1).amax(1) + 1
+        return cls(model, {"input_ids": ids, "attention_mask": mask, **images}, cache, following)
 
     def generate(self, inputs: Any, **generation: Any) -> Any:
         """What model.generate(**inputs, **generation) returns, with only the columns after the prefix to run.
@@ -294,7 +309,7 @@ class ImagePrefix:
                 raise ValueError(f"{name}: expected to be left to ImagePrefix.generate, which sets it; leave it out")
         if generation.get("key_bias") is not None:
             self._check_bias(mask, generation["key_bias"], generation.get("row_gate"))
-        images = {name: value for name, value in self._inputs.items() if _is_of_images(name)}
+        images = {name: value for name, value in self._inputs.items() if is_of_images(name)}
         _, rope_deltas = positions_of(self.model, ids, mask, images)
         if rope_deltas is not None:
             # generate counts on from the deltas of whichever batch ran last, so they have to be this one's.
@@ -329,7 +344,7 @@ class ImagePrefix:
         if bool(_image_tokens(self.model, inputs)[:, self.length :].any()):
             raise UnsupportedInputError("ImagePrefix.generate: there are image tokens after the prefix")
         for name, value in inputs.items():
-            if _is_of_images(name) and not _same(value, self._inputs.get(name)):
+            if is_of_images(name) and not _same(value, self._inputs.get(name)):
                 raise ValueError(f"{name}: expected that of the prefix, got another; prefill a prefix for these images")
         return ids, mask
 
@@ -396,7 +411,7 @@ def _image_tokens(model: Any, inputs: Any) -> Tensor:
 
 
 def _require_known(inputs: Any) -> None:
-    others = sorted(name for name in inputs if name not in _OF_TOKENS and not _is_of_images(name))
+    others = sorted(name for name in inputs if name not in _OF_TOKENS and not is_of_images(name))
     if others:
         raise ValueError(
             f"inputs: expected what the processor returned, laid out by align_after_images, got {others} too; give the "
@@ -419,12 +434,12 @@ def _right_aligned(part: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_real, part.long().argsort(dim=1, stable=True)[:, -width:], padding), is_real
 
 
-def _is_of_images(name: str) -> bool:
+def is_of_images(name: str) -> bool:
     return name.startswith(("pixel_", "image_"))
 
 
 def _is_per_token(name: str, value: object, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == ids.shape and not _is_of_images(name)
+    return isinstance(value, Tensor) and value.shape == ids.shape and not is_of_images(name)
 
 
 def _same(a: Any, b: Any) -> bool:
