@@ -7,12 +7,12 @@ import types
 import pytest
 import torch
 from PIL import Image
-from talking_models import CHATS, EOS, OTHER_END, make, make_images
 
 import finegrain_ops
 from finegrain_ops.training.annotations import AnnotatedImage, BoxedQuestion
 from finegrain_ops.training.conversations import answer_rounds, round_losses
 from finegrain_ops.training.dualfocus import DualFocusCollator, DualFocusDataset, DualFocusSample, dualfocus_rounds
+from talking_models import CHATS, EOS, OTHER_END, make, make_images
 
 Q1, Q2 = "Box? ", "Both: "  # short, since every letter is a token here
 LLAVA, VISION = "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
