@@ -138,6 +138,22 @@ def test_regions_and_objects(tmp_path, files) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((-10, -20, 30, 40), (0, 0, 20, 20)),
+        ((790, 590, 30, 40), (790, 590, 800, 600)),
+        ((-5, -5, 900, 900), (0, 0, 800, 600)),
+        ((0, 0, 800, 600), (0, 0, 800, 600)),
+        ((5.5, 6.25, 1, 1), (5.5, 6.25, 6.5, 7.25)),
+    ],
+)
+def test_boxes_are_clipped_to_their_image(tmp_path, files, box, expected) -> None:
+    sides = dict(zip(("x", "y", "width", "height"), box))
+    write(tmp_path, changed(files, "region_descriptions", lambda r: r[0]["regions"][0].update(sides)))
+    assert [region.boxes for region in VisualGenome(tmp_path).regions()] == [(expected,)]
+
+
 def changed(files: dict, name: str, change) -> dict:
     copy = json.loads(json.dumps(files))
     change(copy[name])
@@ -241,13 +257,16 @@ values = st.recursive(
 elements = st.lists(st.dictionaries(st.text(), values, max_size=3), max_size=6)
 
 
-@given(elements, st.sampled_from([1, 2, 7, 64]), st.sampled_from([None, 1]), st.booleans())
+@given(elements, st.sampled_from([1, 2, 7, 64]), st.sampled_from([None, 1]), st.booleans(), st.booleans())
 @settings(deadline=None, max_examples=150)
-def test_any_list_is_read_as_json_reads_it(tmp_path_factory, records, chunk: int, indent, ascii_only: bool) -> None:
+def test_any_list_is_read_as_json_reads_it(
+    tmp_path_factory, records, chunk: int, indent, ascii_only: bool, dos: bool
+) -> None:
     """In pieces of any size, with characters of any number of bytes; an image may have several elements."""
     records = [{**record, "id": i % 3} for i, record in enumerate(records)]
     path = tmp_path_factory.mktemp("json") / "records.json"
-    path.write_text(json.dumps(records, indent=indent, ensure_ascii=ascii_only) + "\n", encoding="utf-8", newline="")
+    text = json.dumps(records, indent=indent, ensure_ascii=ascii_only) + "\n"
+    path.write_bytes((text.replace("\n", "\r\n") if dos else text).encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_records, "_CHUNK", chunk)
         read = pickle.loads(pickle.dumps(JsonRecords(path, ["id"])))  # as a DataLoader hands it to its workers
