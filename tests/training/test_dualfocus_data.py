@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 import finegrain_ops
+import talking_llava
+from finegrain_ops.methods.dualfocus import BOX_PROMPT, COMBINE_PROMPT
+from finegrain_ops.methods.prompting import Prompter
 from finegrain_ops.training.annotations import AnnotatedImage, BoxedQuestion
 from finegrain_ops.training.conversations import answer_rounds, round_losses
 from finegrain_ops.training.dualfocus import DualFocusCollator, DualFocusDataset, DualFocusSample, dualfocus_rounds
@@ -311,3 +314,21 @@ def test_boxes_say_whether_an_image_was_annotated_before_it_was_turned(tmp_path,
     sample = DualFocusDataset([question(size, "1.png")], tmp_path)[0]
     expected = image if size == (6, 10) else image.transpose(Image.Transpose.ROTATE_270)
     assert sample.image.tobytes() == expected.tobytes()
+
+
+def test_the_beginning_token_is_fed_once_as_at_inference() -> None:
+    """By a tokenizer that puts it before every text."""
+    model, processor = talking_llava.make_model(), talking_llava.make_processor()
+    sample = samples()[0]
+    ids = DualFocusCollator(model, processor)([sample])["input_ids"][0]
+    prompter = Prompter(model, processor)
+    (first,) = prompter.encode(
+        [sample.image], prompter.texts([sample.image], [BOX_PROMPT.format(question="What is {it}?")])
+    )
+    made = finegrain_ops.preprocess(sample.image, [CROPS[0]], processor)
+    tail = prompter.follow_up(COMBINE_PROMPT.format(question="What is {it}?"))
+    second = prompter.encode_follow_ups([tail], [sample.image], made)
+    answers = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (TEXTS[0], ANSWERS[0])]
+    expected = [*first["input_ids"][0].tolist(), *answers[0], *second["input_ids"][0].tolist(), *answers[1], EOS]
+    assert ids.tolist() == expected
+    assert (ids == talking_llava.BOS).sum() == 1
