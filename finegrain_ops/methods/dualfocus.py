@@ -209,8 +209,8 @@ class DualFocus:
         pictures, sizes = open_images(images, as_paths=False)
         given = None if boxes is None else _given_boxes(boxes, sizes)
         batch = _Batch(self, pictures, sizes, list(questions), generation)
-        # A crop that is the whole image again is not encoded again.
-        with torch.no_grad(), vision_once(self.model, keep=len(pictures)):
+        # Of several questions about one image, its pixels and those of one crop are encoded once.
+        with torch.no_grad(), vision_once(self.model, keep=0):
             batch.encode()
             batch.first_pass(given)
             batch.second_pass()
