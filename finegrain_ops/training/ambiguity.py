@@ -19,9 +19,7 @@ from .filters import repeated_mask
 
 __all__ = ["ambiguity_mask", "singular"]
 
-# Letters of any script. The 's of "person's" is no word.
-_WORD = re.compile(r"[^\W\d_]+")
-_POSSESSIVE = re.compile(r"['\u2019]s?\b")
+_WORD = re.compile(r"[^\W\d_]+")  # letters of any script: "person's" is "person" and "s"
 _IRREGULAR = {
     "people": "person",
     "men": "man",
@@ -132,4 +130,4 @@ def _name(text: str) -> _Name:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(_POSSESSIVE.sub(" ", text.lower()))
+    return _WORD.findall(text.lower())
