@@ -31,7 +31,6 @@ class BoxVocabulary:
     """
 
     def __init__(self, tokenizer: Any, written: BoxFormat) -> None:
-        self._tokenizer = tokenizer
         pieces = [*written.pieces, *"0123456789", *("." if written.decimals else "")]
         self._tokenizer = tokenizer
         self._texts = _texts_of_tokens(tokenizer, {" ", *"".join(pieces)})
@@ -85,21 +84,17 @@ class BoxVocabulary:
 
 
 def _texts_of_tokens(tokenizer: Any, alphabet: set[str]) -> dict[int, str]:
-    """The text of every token that is made of these characters only.
+    """The text of every token that is made of these characters only, and is decoded as it is spelled: "<0x30>" is not.
 
     A token is decoded after another one: alone, some tokenizers drop the space that it begins with.
     """
-    pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens = [
-        token
-        for token, piece in enumerate(pieces)
-        if piece and len(piece) <= _LONGEST and set(str(piece).translate(_MARKS_OF_SPACE)) <= alphabet
-    ]
+    pieces = [str(piece or "") for piece in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))]
+    spelled = [piece.translate(_MARKS_OF_SPACE) for piece in pieces]
+    tokens = [i for i, piece in enumerate(spelled) if 0 < len(piece) <= _LONGEST and set(piece) <= alphabet]
     anchor = next((token for token in tokens if pieces[token] == "0"), None)
     if anchor is None:
         return {}
     options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     head = tokenizer.decode([anchor], **options)
     texts = tokenizer.batch_decode([[anchor, token] for token in tokens], **options)
-    cut = ((token, text.removeprefix(head)) for token, text in zip(tokens, texts) if text.startswith(head))
-    return {token: text for token, text in cut if text and set(text) <= alphabet}
+    return {token: spelled[token] for token, text in zip(tokens, texts) if text == head + spelled[token]}
