@@ -122,8 +122,8 @@ def turn_labels(input_ids: Tensor, header: Tensor, end: int) -> tuple[Tensor, Te
     is_header = torch.zeros(len(input_ids), length + 1, dtype=torch.bool, device=input_ids.device)
     if length >= width:
         is_header[:, width:] = (input_ids.unfold(1, width, 1) == header.to(input_ids.device)).all(-1)
-    # Where the last answer so far began, and the last end before here was; -1 for nowhere. What roll brings to the first
-    # place is not read: no answer begins there.
+    # Where the last answer so far began, and the last end before here was; -1 for nowhere. What roll brings to the
+    # first place is not read: no answer begins there.
     began = torch.where(is_header[:, :length], places, -1).cummax(1).values
     ended = torch.where(input_ids == end, places, -1).cummax(1).values.roll(1, 1)
     return torch.where(began > ended, input_ids, IGNORED), is_header.sum(1)
