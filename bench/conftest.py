@@ -17,6 +17,7 @@ from . import results
 from .cases import SETS, cases_for
 from .ceilings import MeasuredCeilings
 from .crop_cases import crop_cases_for
+from .dualfocus_cases import dualfocus_cases_for
 from .generate_cases import generate_cases_for
 from .machine import describe_machine
 from .measurement import Measurement
@@ -26,7 +27,7 @@ _STORE = pytest.StashKey[results.RowStore]()
 _START = pytest.StashKey[float]()
 _LEFT_OUT = pytest.StashKey[list[str]]()
 
-_IN_TURNS = ("test_attention.py", "test_crop_resize.py", "test_generate.py")
+_IN_TURNS = ("test_attention.py", "test_crop_resize.py", "test_generate.py", "test_dualfocus.py")
 _SECONDS = {("cpu", "quick"): 2.0, ("cpu", "full"): 5.0, ("cuda", "quick"): 0.3, ("cuda", "full"): 0.5}
 
 
@@ -79,7 +80,12 @@ def device_type(config: pytest.Config) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    finders = {"case": cases_for, "crop_case": crop_cases_for, "generate_case": generate_cases_for}
+    finders = {
+        "case": cases_for,
+        "crop_case": crop_cases_for,
+        "generate_case": generate_cases_for,
+        "dualfocus_case": dualfocus_cases_for,
+    }
     for name, find in finders.items():
         if name in metafunc.fixturenames:
             cases = find(device_type(metafunc.config), metafunc.config.getoption("--bench-set"))

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from .cases import cases_for
 from .crop_cases import crop_cases_for
+from .dualfocus_cases import dualfocus_cases_for
+from .dualfocus_table import HEADER, work_lines
 from .generate_cases import generate_cases_for
-from .operations import BOUND_BY_MEMORY, GENERATE_OPERATIONS, OPERATIONS, TITLES
+from .operations import BOUND_BY_MEMORY, DUALFOCUS_OPERATIONS, OPERATIONS, TITLES, WHOLE_ANSWERS
 from .peers import ours, ours_unbiased
 from .tables import (
     grouped,
@@ -52,6 +54,8 @@ def markdown(rows: list[dict], images: dict[str, str] | None = None) -> str:
         time_rows = [row for row in of_kind(rows, "time") if row["operation"] == operation]
         if any(row["reason"] is None for row in time_rows):
             lines += ["", f"**{TITLES[operation]}.** {_summary(time_rows)}", "", *_operation_table(time_rows)]
+        if operation in DUALFOCUS_OPERATIONS:
+            lines += _work(time_rows)
         if images and operation in images:
             lines += ["", f"![{TITLES[operation]}]({images[operation]})"]
     if (table := memory_table(rows)) is not None:
@@ -78,7 +82,7 @@ def _summary(rows: list[dict]) -> str:
     """What the columns are, and over all cases ours against the base and against our own kernel without bias."""
     operation = rows[0]["operation"]
     by_operation = "GB/s (of the copy)" if operation in BOUND_BY_MEMORY else "TFLOP/s (of the matrix product)"
-    if operation in GENERATE_OPERATIONS:
+    if operation in WHOLE_ANSWERS:
         by_operation = "tokens per second"
     bases = dict.fromkeys(row["base"] for row in rows if row["reason"] is None and row.get("base"))
     text = f"Median ms and its ratio to {' or '.join(bases)} in the same round (20th to 80th percentile)"
@@ -96,6 +100,14 @@ def _summary(rows: list[dict]) -> str:
     if len(shown := _shown(cases)) < len(cases):
         text += f" {len(shown)} of {len(cases)} cases are shown; bench/results/ has all."
     return text
+
+
+def _work(rows: list[dict]) -> list[str]:
+    """Of DualFocus a table per case, a line per peer."""
+    lines = []
+    for case_rows in _cases(rows):
+        lines += ["", f"{_name(case_rows[0]['case'])}, of one question:", "", *_table(HEADER, work_lines(case_rows))]
+    return lines
 
 
 def _levels_off(rows: list[dict]) -> str:
@@ -177,7 +189,8 @@ def _shown(cases: list[list[dict]]) -> list[list[dict]]:
     if len(cases) <= _MOST_LINES:
         return cases
     device_type = cases[0][0]["machine"]["device"]
-    quick = {case.id for find in (cases_for, crop_cases_for, generate_cases_for) for case in find(device_type, "quick")}
+    finders = (cases_for, crop_cases_for, generate_cases_for, dualfocus_cases_for)
+    quick = {case.id for find in finders for case in find(device_type, "quick")}
     return [case_rows for case_rows in cases if case_rows[0]["case"]["id"] in quick] or cases[:_MOST_LINES]
 
 

@@ -48,7 +48,7 @@ class Measurement:
             return
         on_cuda = self.device.type == "cuda"
         measured = {
-            name: {**measured[name], "peak_bytes": peak_of_call_on_cuda(call, self.device) if on_cuda else None}
+            name: {"peak_bytes": peak_of_call_on_cuda(call, self.device) if on_cuda else None, **measured[name]}
             for name, call in calls.items()
         }
         sampler = InterleavedSampler(calls, benchmarked, make_stopwatch(self.device))

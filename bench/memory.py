@@ -8,6 +8,9 @@ CPU     a process per measurement. Linux keeps the peak of the resident memory (
         it back at once: otherwise it would reuse memory that is already resident, and the call would look too cheap.
 CUDA    torch's own count of allocated bytes.
 
+Of whole answers on a CPU, whose model is too large for a process per measurement, torch's count too: of the tensors
+that its profiler sees allocated and freed, not of what libraries hold beside them.
+
 `python -m bench.memory PEER NUM_KEYS` is the process of one CPU measurement; it prints a JSON object.
 """
 
@@ -20,6 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -67,6 +71,16 @@ def peak_of_call_on_cuda(call: Callable[[], object], device: torch.device) -> in
     call()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def peak_of_call_on_cpu(call: Callable[[], object]) -> int:
+    """The same on a CPU: most bytes of tensors that were allocated in the call and not freed yet."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()  # not freed while it counts
+    del kept
+    events = profiler.profiler.kineto_results.events()
+    allocated = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return max(accumulate(num_bytes for _, num_bytes in allocated), default=0)
 
 
 def _peak_on_cuda(peer: Peer, inputs: CaseInputs) -> int:

@@ -15,8 +15,8 @@ of the ceiling may exceed 1.
 crop_resize counts no FLOPs, since peers differ in what they compute, but the fewest bytes that it moves: every pixel
 within any box read once, the result written once. On a CPU arithmetic and not memory is its limit.
 
-Whole answers of a model count tokens: prefill those of the prompts, padding not, decode the new ones, CoF those of the
-answers.
+Whole answers of a model count tokens: prefill those of the prompts, padding not, decode the new ones, CoF and DualFocus
+those of the answers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .cases import AttentionCase
     from .ceilings import Ceilings
     from .crop_cases import CropCase
+    from .dualfocus_cases import DualFocusCase
     from .generate_cases import GenerateCase
 
 FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
@@ -39,7 +40,9 @@ FORWARD, BACKWARD, DECODE, PACKED, READ_OUT, MASKED = ATTENTION_OPERATIONS = (
 )
 CROP_RESIZE = "crop_resize"
 GENERATE_PREFILL, GENERATE_DECODE, COF = GENERATE_OPERATIONS = ("generate-prefill", "generate-decode", "cof")
-OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE, *GENERATE_OPERATIONS)
+DUALFOCUS, DUALFOCUS_ADAPTIVE = DUALFOCUS_OPERATIONS = ("dualfocus", "dualfocus-adaptive")
+WHOLE_ANSWERS = (*GENERATE_OPERATIONS, *DUALFOCUS_OPERATIONS)
+OPERATIONS = (*ATTENTION_OPERATIONS, CROP_RESIZE, *WHOLE_ANSWERS)
 BOUND_BY_MEMORY = (DECODE, CROP_RESIZE)
 
 TITLES = {
@@ -53,6 +56,8 @@ TITLES = {
     GENERATE_PREFILL: "A model's prompt up to the first token (generate)",
     GENERATE_DECODE: "A model's further tokens (generate)",
     COF: "CoF, from images and questions to answers",
+    DUALFOCUS: "DualFocus, from images and questions to answers",
+    DUALFOCUS_ADAPTIVE: "DualFocus, questions skipped by perplexity_threshold",
 }
 
 _FORWARDS_OF_WORK = {BACKWARD: 3.5}
@@ -79,13 +84,15 @@ def decode_bytes(case: AttentionCase) -> int:
     return case.batch * (cache + query_and_output) * case.head_dim * case.dtype.itemsize
 
 
-def speed(case: AttentionCase | CropCase | GenerateCase, milliseconds: float, ceilings: Ceilings) -> dict[str, Any]:
+def speed(
+    case: AttentionCase | CropCase | GenerateCase | DualFocusCase, milliseconds: float, ceilings: Ceilings
+) -> dict[str, Any]:
     """The fields of a row that follow from its time: TFLOP/s, of what memory binds GB/s, and the share of the machine's
     ceiling; of whole answers tokens per second.
 
     The ceiling is that of a large matrix product or of a device copy; both are of the same run.
     """
-    if case.operation in GENERATE_OPERATIONS:
+    if case.operation in WHOLE_ANSWERS:
         return {"tokens_per_s": _rounded(1e3 * case.num_tokens / milliseconds)}
     if case.operation == CROP_RESIZE:
         return _memory_speed(case.num_bytes(), milliseconds, ceilings)

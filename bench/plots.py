@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from .operations import BOUND_BY_MEMORY, CROP_RESIZE, GENERATE_OPERATIONS, OPERATIONS, TITLES
+from .operations import BOUND_BY_MEMORY, CROP_RESIZE, OPERATIONS, TITLES, WHOLE_ANSWERS
 from .results import slug
 from .tables import has_speed, machine_line
 
@@ -71,7 +71,7 @@ def write_plots(rows: list[dict], folder: Path) -> dict[str, Path]:
     """Draws the rows of one machine; returns the file of every operator's operation that has rows with a speed."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for operation in (o for o in OPERATIONS if o not in GENERATE_OPERATIONS):
+    for operation in (o for o in OPERATIONS if o not in WHOLE_ANSWERS):
         measured = [row for row in rows if row["operation"] == operation and has_speed(row)]
         if measured:
             paths[operation] = folder / f"{slug(measured[0]['machine'])}-{operation}.png"

@@ -11,12 +11,13 @@ from pathlib import Path
 from .cases import AttentionCase
 from .ceilings import Ceilings
 from .crop_cases import CropCase
+from .dualfocus_cases import DualFocusCase
 from .generate_cases import GenerateCase
-from .operations import CROP_RESIZE, FORWARD, GENERATE_OPERATIONS, READ_OUT, speed
+from .operations import CROP_RESIZE, DUALFOCUS_OPERATIONS, FORWARD, GENERATE_OPERATIONS, READ_OUT, speed
 from .peers import SDPA_UNBIASED, Peer, base_peer
 from .sampling import Percentiles, percentiles
 
-Case = AttentionCase | CropCase | GenerateCase
+Case = AttentionCase | CropCase | GenerateCase | DualFocusCase
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -107,6 +108,8 @@ def slug(machine: dict) -> str:
 def operator(row: dict) -> str:
     if row["operation"] in GENERATE_OPERATIONS:
         return "generate"
+    if row["operation"] in DUALFOCUS_OPERATIONS:
+        return "dualfocus"
     return "crop-resize" if row["operation"] == CROP_RESIZE else "attention"
 
 

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from .dualfocus_table import work_tables
 from .peers import SDPA_EFFICIENT_MASK
 
 
@@ -64,7 +65,8 @@ def as_text(rows: list[dict], width: int | None = None) -> str:
 
 def print_tables(rows: list[dict], console: Console) -> None:
     console.print(machine_line(rows), highlight=False)
-    for table in (*time_tables(rows), memory_table(rows)):
+    measured = [row for row in of_kind(rows, "time") if row["reason"] is None]
+    for table in (*time_tables(rows), *work_tables(measured), memory_table(rows)):
         if table is not None:
             console.print(table)
     for line in reason_lines(rows):
@@ -104,7 +106,7 @@ def shape(case: dict) -> str:
 def _model_shape(case: dict) -> str:
     model = case["shape"]
     heads = f"{model['heads']}" + (f"/{model['kv_heads']}" if model["kv_heads"] != model["heads"] else "")
-    batch = f"B={case['batch']}{' padded' if case['is_padded'] else ''} N={case['prompt_tokens']}"
+    batch = f"B={case['batch']}{' padded' if case.get('is_padded') else ''} N={case['prompt_tokens']}"
     return f"{batch}, {model['layers']} layers of {model['hidden']}, {heads} heads"
 
 

@@ -8,15 +8,37 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
-from ..crop_inputs import CropInputs
-from ..generate_inputs import CoFInputs, GenerateInputs
-from ..inputs import CaseInputs, PackedInputs
-from ..operations import BACKWARD, COF, CROP_RESIZE, DECODE, FORWARD, GENERATE_OPERATIONS, MASKED, PACKED, READ_OUT
-from . import cof, crop_finegrain, crop_interpolate, crop_pillow, eager, finegrain, flex, generate, sdpa, third_party
+from ..operations import (
+    BACKWARD,
+    COF,
+    CROP_RESIZE,
+    DECODE,
+    DUALFOCUS,
+    DUALFOCUS_ADAPTIVE,
+    DUALFOCUS_OPERATIONS,
+    FORWARD,
+    GENERATE_OPERATIONS,
+    MASKED,
+    PACKED,
+    READ_OUT,
+)
+from . import (
+    cof,
+    crop_finegrain,
+    crop_interpolate,
+    crop_pillow,
+    dualfocus,
+    eager,
+    finegrain,
+    flex,
+    generate,
+    sdpa,
+    third_party,
+)
 from .eager import EAGER
 from .finegrain import ours, ours_unbiased
 from .flex import FLEX_ATTENTION
-from .interface import NEEDS_CUDA, Call, CropPeer, Gradients, Peer, PeerUnavailable
+from .interface import NEEDS_CUDA, Call, CropPeer, Gradients, Inputs, Peer, PeerUnavailable
 from .sdpa import SDPA_EFFICIENT_MASK, SDPA_UNBIASED
 from .third_party import FLASH_ATTN
 
@@ -51,6 +73,7 @@ _BASES = {
     MASKED: (SDPA_EFFICIENT_MASK,),
     CROP_RESIZE: (crop_pillow.pillow(crop_pillow.TWO_THREADS), crop_interpolate.FLOAT),
     **dict.fromkeys(GENERATE_OPERATIONS, (generate.UNPATCHED, cof.ONE_ANSWER)),
+    **dict.fromkeys(DUALFOCUS_OPERATIONS, (dualfocus.ONE_PLAIN_ANSWER,)),
 }
 
 
@@ -60,6 +83,10 @@ def peers_for(operation: str, device_type: str) -> list[Peer]:
         return [*crop_peers_for(device_type)]
     if operation == COF:
         return cof.cof_peers()
+    if operation == DUALFOCUS:
+        return dualfocus.dualfocus_peers()
+    if operation == DUALFOCUS_ADAPTIVE:
+        return dualfocus.adaptive_peers()
     if operation in GENERATE_OPERATIONS:
         return generate.generate_peers()
     if operation == PACKED:
@@ -93,9 +120,7 @@ def crop_peers_for(device_type: str) -> list[CropPeer]:
     ]
 
 
-def start_all(
-    peers: Sequence[Peer], inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs | CoFInputs
-) -> tuple[dict[str, Call], dict[str, str]]:
+def start_all(peers: Sequence[Peer], inputs: Inputs) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls that can run, ours first, and for the others the reason why not."""
     calls, reasons = {}, {}
     for peer in peers:

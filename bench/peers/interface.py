@@ -14,14 +14,14 @@ from torch import Tensor
 import finegrain_ops
 
 from ..crop_inputs import CropInputs
+from ..dualfocus_inputs import DualFocusInputs
 from ..generate_inputs import CoFInputs, GenerateInputs
 from ..inputs import CaseInputs, PackedInputs
 from ..operations import BACKWARD
 
 Call = Callable[[], Any]
-Prepare = Callable[
-    [Any], Call
-]  # from the inputs of the operation: CaseInputs, PackedInputs, CropInputs, GenerateInputs
+Inputs = CaseInputs | PackedInputs | CropInputs | GenerateInputs | CoFInputs | DualFocusInputs  # by the operation
+Prepare = Callable[[Any], Call]  # from Inputs
 
 NEEDS_CUDA = "it runs on CUDA devices only"
 
@@ -53,7 +53,7 @@ class Peer:
     needs_cuda: bool = False
     gives_key_sums: bool = False
 
-    def start(self, inputs: CaseInputs | PackedInputs | CropInputs | GenerateInputs | CoFInputs) -> Call:
+    def start(self, inputs: Inputs) -> Call:
         """The call that is timed, having run once; for BACKWARD forward and backward, and it gives Gradients.
 
         Raises:

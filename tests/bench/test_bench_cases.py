@@ -13,11 +13,11 @@ from bench.operations import (
     BACKWARD,
     DECODE,
     FORWARD,
-    GENERATE_OPERATIONS,
     MASKED,
     OPERATIONS,
     PACKED,
     READ_OUT,
+    WHOLE_ANSWERS,
     decode_bytes,
     flops,
     score_count,
@@ -84,7 +84,7 @@ def test_on_a_cpu_the_cuda_kernels_and_their_rival_say_why_they_are_absent(opera
     assert reasons == dict.fromkeys(wanted, NEEDS_CUDA)
 
 
-@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation not in GENERATE_OPERATIONS])
+@pytest.mark.parametrize("operation", [operation for operation in OPERATIONS if operation not in WHOLE_ANSWERS])
 def test_on_a_gpu_the_cuda_kernels_join_every_operation(operation: str) -> None:
     names = [peer.name for peer in peers_for(operation, "cuda")]
     assert ours("cuda") in names

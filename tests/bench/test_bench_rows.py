@@ -244,9 +244,10 @@ def test_a_spent_budget_starts_no_case_and_names_those_left_out(tmp_path: Path) 
     command += ["--bench-budget", "0", "--save-results", "--results-folder", str(tmp_path), "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "10 skipped" in done.stdout
+    assert "11 skipped" in done.stdout
     assert "left out: --bench-budget 0 was used up" in done.stdout
     assert "decode-llava-decode-n640-float32" in done.stdout
     assert "crop_resize-mixed-k16-float32" in done.stdout
     assert "generate-decode-llava-1.5-7b-n640-b1-float32" in done.stdout
+    assert "dualfocus-llava-1.5-7b-n640-b1-float32" in done.stdout
     assert not list(tmp_path.iterdir())
