@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -120,6 +121,8 @@ def attend(call: AttentionCall, value: Tensor) -> Tensor:
     """
     query, key, value = autocast(call.query, call.key, value)
     bias = call.key_bias[:, None] if call.key_bias.dim() == 2 else call.key_bias
+    if query.dtype == torch.float64:  # what the operator wants beside it
+        bias = bias.double()
     needs_grad = any_requires_grad(query, key, value, bias)
     output, _ = ops.reweighted_attention(
         query,

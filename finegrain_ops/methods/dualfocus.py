@@ -17,6 +17,7 @@ import torch
 
 from ..boxes import Box
 from ..integrations.family import family_of
+from ..integrations.image_processor_steps import read_steps
 from ..validation import clip_boxes_of_image, require_bool, require_length, require_number
 from .arguments import check_questions, one_of
 from .box_decoding import BoxSpeaker
@@ -112,6 +113,7 @@ class DualFocus:
 
     Raises:
         UnsupportedModelError: the model is of another family, or its attention takes no mask for each row.
+        UnsupportedInputError: the image processor is set to do what `preprocess` does not.
         TypeError, ValueError: an option is not as said above, the processor belongs to another model, or its tokenizer
             cannot write a box.
     """
@@ -155,6 +157,7 @@ class DualFocus:
         self.model = model
         self.processor = processor
         self.prompter = Prompter(model, processor, template)
+        read_steps(self.prompter.image_processor)  # refuses one whose crops could not be made
         model_type = model.config.model_type
         self.box_convention = one_of(box_convention, BOX_CONVENTIONS, "box_convention")
         if self.box_convention == "auto":

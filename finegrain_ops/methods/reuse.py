@@ -27,7 +27,8 @@ from ..integrations.family import FAMILIES, family_of
 from ..validation import describe
 
 _OF_A_PATCH = ("key_bias", "row_gate", "attention_reader")  # Qwen's encoder is given them in transformers 5
-IMAGES_IN_PROMPT = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl")  # model types
+# Model types.
+IMAGES_IN_PROMPT = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "tinygroundinggpt")
 
 _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # (B, P); the last two are not used
 
@@ -435,7 +436,7 @@ def _right_aligned(part: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_of_images(name: str) -> bool:
-    return name.startswith(("pixel_", "image_"))
+    return name.startswith(("pixel_", "image_")) or name.endswith("_pixel_values")
 
 
 def _is_per_token(name: str, value: object, ids: Tensor) -> bool:

@@ -50,6 +50,18 @@ def test_decoders(name: str, dtype: torch.dtype, device: str) -> None:
     require_agreement(actual, exact, eager, plain)
 
 
+@pytest.mark.parametrize("name", TINY)
+def test_decoders_in_float64(name: str) -> None:
+    """On a CPU, as checks of gradients want it: float32's logits, which are eager attention's in float32."""
+    model, inputs, bias = decoder(name, "cpu")
+    real = inputs["attention_mask"].bool()
+    with EagerOracle(model, bias):
+        expected = logits(model, inputs)[real]
+    with finegrain_ops.patch(model.double()):
+        actual = logits(model, inputs, key_bias=bias)[real]
+    torch.testing.assert_close(actual.float(), expected, rtol=0, atol=5e-4)  # float32 rounds by as much as 1e-4
+
+
 def require_agreement(actual: torch.Tensor, exact: torch.Tensor, eager: torch.Tensor, plain: torch.Tensor) -> None:
     def error(result: torch.Tensor) -> float:
         difference = result.float() - exact
