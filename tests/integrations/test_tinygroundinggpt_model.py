@@ -174,6 +174,22 @@ def test_beams_of_texts_with_several_images(model, processor, inputs, options: d
         assert torch.equal(together[row * several : (row + 1) * several, -6:], generated[:, -6:])
 
 
+def test_images_are_repeated_text_by_text(model, processor, inputs) -> None:
+    first, second = make_images(2)
+    expected = processor(
+        [first] * 3 + [second] * 3,
+        [text for text in TEXTS for _ in range(3)],
+        object_boxes=[boxes for boxes in OBJECTS for _ in range(3)],
+        location_boxes=[boxes for boxes in LOCATIONS for _ in range(3)],
+        padding=True,
+        return_tensors="pt",
+    )
+    ids, others = model._expand_inputs_for_generation(expand_size=3, **inputs)
+    assert torch.equal(ids, expected.pop("input_ids"))
+    assert others.keys() == expected.keys()
+    assert all(torch.equal(others[name], expected[name]) for name in expected)
+
+
 def test_pixels_are_encoded_in_the_first_step_only(model, inputs, monkeypatch) -> None:
     calls = []
     tower = model.model.vision_tower

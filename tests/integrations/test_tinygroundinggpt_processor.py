@@ -343,9 +343,9 @@ def test_a_context_longer_than_the_tokenizer_allows() -> None:
     processor = make_processor(model_max_length=TOKENS_PER_IMAGE + 3)
     texts = ["abcd", "<image>abc"]
     assert len(processor(make_images(1), texts, padding=True)["input_ids"][0]) == TOKENS_PER_IMAGE + 3
-    message = r"text\[0\]: expected at most 67 tokens \(tokenizer.model_max_length\), got 68, of which 64 stand for"
+    message = r"text\[1\]: expected at most 67 tokens \(tokenizer.model_max_length\), got 68, of which 64 stand for"
     with pytest.raises(ValueError, match=message):
-        processor(make_images(1), ["<image>abcd", "a"], padding=True)
+        processor(make_images(1), ["a", "<image>abcd"], padding=True)  # padding does not count
 
 
 def test_processors_that_do_not_fit(processor) -> None:
