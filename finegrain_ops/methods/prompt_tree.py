@@ -160,6 +160,7 @@ class PromptTree:
         self.tokens += sum(int(segment.is_real.sum()) for segment in segments)
         return list(hidden.split([segment.tokens.shape[1] for segment in segments], 1))
 
+    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, n, vocabulary) of hidden states (B, n, hidden)."""
         logits: Tensor = self._model.lm_head(hidden)
@@ -271,7 +272,7 @@ class _GrowingLayer(DynamicLayer):
             self.adopt(key_states[:, :, :0], value_states[:, :, :0])
         start = self.keys.shape[2]
         end = start + key_states.shape[2]
-        if end > self._key_room.shape[2] or len(self.keys) != len(self._key_room):
+        if end > self._key_room.shape[2]:
             capacity = math.ceil((end + _BLOCK / 2) / _BLOCK) * _BLOCK
             self._key_room = _with_room(self.keys, capacity)
             self._value_room = _with_room(self.values, capacity)
@@ -279,6 +280,10 @@ class _GrowingLayer(DynamicLayer):
         self._value_room[:, :, start:end] = value_states
         self.keys, self.values = self._key_room[:, :, :end], self._value_room[:, :, :end]
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.is_initialized:
+            self.adopt(self.keys[indices], self.values[indices])
 
 
 def _with_room(states: Tensor, capacity: int) -> Tensor:
