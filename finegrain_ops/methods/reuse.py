@@ -408,7 +408,10 @@ def _image_tokens(model: Any, inputs: Any) -> Tensor:
         )
     if any("video" in name for name in inputs):
         raise UnsupportedInputError(f"inputs: expected images only, got videos among {sorted(inputs)}")
-    return inputs["input_ids"] == model.config.image_token_id
+    ids = inputs["input_ids"]
+    is_image: Tensor = ids == model.config.image_token_id
+    of_objects = getattr(model.config, "object_token_id", None)  # TinyGroundingGPT's object images
+    return is_image if of_objects is None else is_image | (ids == of_objects)
 
 
 def _require_known(inputs: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
+from .assembly import from_checkpoints
 from .configuration import TinyGroundingGPTConfig
 from .image_processing import TinyGroundingGPTImageProcessor
 from .modeling import (
@@ -30,6 +31,7 @@ __all__ = [
     "add_placeholder_tokens",
     "attention_picture",
     "freeze_for_stage",
+    "from_checkpoints",
     "object_attention",
     "training_arguments",
 ]
