@@ -1,4 +1,4 @@
-"""How TinyGroundingGPT begins: published encoders and language model as one, with a projector that knows nothing yet."""
+"""How TinyGroundingGPT begins: published encoders and language model as one, joined by an untrained projector."""
 
 from __future__ import annotations
 
