@@ -7,6 +7,7 @@ would; `box_decoding.BoxSpeaker` writes boxes.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,12 +15,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
 from ..errors import UnsupportedInputError
 from .generation import GREEDY, with_defaults
 from .prompt_tree import PromptTree, Segment
 
 _NOT_SAID = ("prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale", "dola_layers", "penalty_alpha")
+# What generate drops, like the tokenizer of stop_strings, where another decodes in its place.
+_FORGOTTEN = ("assistant_model", "streamer")
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Speaker(Protocol):
@@ -81,10 +86,17 @@ def rules_of(
     """Asks `generate` how it would go on from these prompts (B, P), without running the model.
 
     Raises:
-        UnsupportedInputError: settings by which several tokens or hypotheses are alive at once.
+        UnsupportedInputError: settings by which several tokens or hypotheses are alive at once; a streamer.
         ValueError: what generate itself refuses.
     """
     settings = with_defaults(generation, {**GREEDY, **defaults})
+    for name in _FORGOTTEN:
+        if settings.get(name) is not None:
+            raise UnsupportedInputError(f"{name}: expected none, since generate itself does not run here; leave it out")
+    of_strings: list[StopStringCriteria] = []
+    tokenizer = settings.pop("tokenizer", None)
+    if tokenizer is not None and settings.get("stop_strings") is not None:
+        of_strings = [StopStringCriteria(tokenizer, settings.pop("stop_strings"))]
     prepared: list[Rules] = []
 
     def instead_of_decoding(
@@ -98,7 +110,8 @@ def rules_of(
                 f"generation: expected greedy search or sampling, which go on token by token, got {came}"
             )
         is_sampling = mode is GenerationMode.SAMPLE
-        prepared.append(Rules(logits_processor, stopping_criteria, is_sampling))
+        criteria = StoppingCriteriaList([*stopping_criteria, *of_strings])
+        prepared.append(Rules(logits_processor, criteria, is_sampling))
         return input_ids
 
     # No image is shown here, so there must be no token of one; nothing that is prepared depends on which they are.
@@ -185,7 +198,8 @@ class Reciter:
 
 
 def perplexity_of(log_probabilities: Sequence[float]) -> float:
-    """exp(-1/N sum log p) (DualFocus, arXiv 2402.14767, Eq. 7); NaN of nothing."""
+    """exp(-1/N sum log p) (DualFocus, arXiv 2402.14767, Eq. 7); NaN of nothing, infinity beyond a float."""
     if not log_probabilities:
         return math.nan
-    return math.exp(-math.fsum(log_probabilities) / len(log_probabilities))
+    mean = -math.fsum(log_probabilities) / len(log_probabilities)
+    return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)
