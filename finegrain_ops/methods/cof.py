@@ -22,10 +22,10 @@ from ..integrations.patching import patch
 from ..validation import clip_boxes_of_image, require_bool, require_length, require_number
 from .arguments import check_questions, one_of
 from .box_decoding import write_boxes
-from .box_grammar import BoxGrammar, format_of
+from .box_style import BoxStyle
 from .box_vocabulary import BoxVocabulary
 from .generation import GREEDY, check_generation, generate_answers
-from .grounding import BOX_CONVENTIONS, GROUNDING_PROMPT, first_box, image_grids, region_around
+from .grounding import GROUNDING_PROMPT, image_grids, region_around
 from .prompt_tree import require_tree_model
 from .prompting import Prompter, Template, fill, open_images, require_template
 from .results import MethodResult, Stopwatch
@@ -171,10 +171,10 @@ class CoF:
         self.soft = require_bool(soft, "soft")
         self.prompt = require_template(prompt, "prompt")
         self.retry_prompt = None if retry_prompt is None else require_template(retry_prompt, "retry_prompt")
-        self.box_convention = one_of(box_convention, BOX_CONVENTIONS, "box_convention")
         if require_length(grounding_tokens, "grounding_tokens") == 0:
             raise ValueError("grounding_tokens: expected an integer > 0, got 0; grounding=False leaves the pass out")
         self.grounding_tokens = grounding_tokens
+        self.box_convention = box_convention
         self.constrained = require_bool(constrained, "constrained")
         if grounding_generation is not None and constrained:
             raise ValueError("grounding_generation: expected None with constrained=True, which is greedy; leave it out")
@@ -184,13 +184,10 @@ class CoF:
         self.processor = processor
         with _patched(model, processor) as handle:  # refuses a model that cannot be patched
             self._prompter = Prompter(model, processor, template)
-            if box_convention == "auto":
-                box_convention = handle.family.box_convention(processor)
-            self._box_convention = box_convention
+            self._box_style = BoxStyle.of_cof(handle.model_type, processor, box_convention)
             if self.constrained:
                 require_tree_model(model)
-                self._box_format = format_of(handle.model_type, box_convention)
-                self._vocabulary = BoxVocabulary(self._prompter.tokenizer, self._box_format)
+                self._vocabulary = BoxVocabulary(self._prompter.tokenizer, self._box_style.format)
 
     @classmethod
     def from_preset(cls, name: str, model: Any, processor: Any, **options: Any) -> CoF:
@@ -307,7 +304,7 @@ class CoF:
             texts = self._grounding_texts(batch, indices, inputs, prefix)
         located = []
         for i, text in zip(indices, texts):
-            box = first_box(text, batch.sizes[i], self._box_convention, batch.grids[i])
+            box = self._box_style.read(text, batch.sizes[i], batch.grids[i])
             region = None if box is None else self._region(batch, i, box)
             located.append(
                 _Located(text) if region is None else _Located(grounding_text=text, box=box, regions=(region,))
@@ -322,8 +319,7 @@ class CoF:
             defaults = {**GREEDY, "max_new_tokens": self.grounding_tokens}
             settings = self.grounding_generation
             return generate_answers(self.model, inputs, decode, settings, defaults, prefix=prefix).texts
-        of_image = BoxGrammar.of_image
-        grammars = [of_image(self._box_format, self._box_convention, batch.grids[i]) for i in indices]
+        grammars = [self._box_style.grammar(batch.grids[i]) for i in indices]
         return [decode(tokens) for tokens in write_boxes(self.model, inputs, self._vocabulary, grammars, prefix)]
 
     def _given(self, batch: _Batch, i: int, boxes: list[Box]) -> _Located:

@@ -16,17 +16,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..boxes import Box
-from ..integrations.family import family_of
 from ..integrations.image_processor_steps import read_steps
 from ..validation import clip_boxes_of_image, require_bool, require_length, require_number
 from .arguments import check_questions, one_of
 from .box_decoding import BoxSpeaker
-from .box_grammar import BoxGrammar, format_of
+from .box_style import BoxStyle
 from .box_vocabulary import BoxVocabulary
 from .decoding import Reciter, TextSpeaker, perplexity_of
 from .dualfocus_passes import BoxWriter, Crop, InContext, Passes, Work, Written
 from .generation import check_generation
-from .grounding import BOX_CONVENTIONS, as_fractions, first_box, image_grids
+from .grounding import image_grids
 from .prompt_tree import require_tree_model
 from .prompting import Prompter, Template, fill, open_images, require_template
 from .results import MethodResult, Stopwatch
@@ -158,19 +157,14 @@ class DualFocus:
         self.processor = processor
         self.prompter = Prompter(model, processor, template)
         read_steps(self.prompter.image_processor)  # refuses one whose crops could not be made
-        model_type = model.config.model_type
-        self.box_convention = one_of(box_convention, BOX_CONVENTIONS, "box_convention")
-        if self.box_convention == "auto":
-            is_llava = model_type.startswith("llava")
-            self.box_convention = "unit" if is_llava else family_of(model_type).box_convention(processor)
-        self.box_format = format_of(model_type, self.box_convention)
+        self.box_style = BoxStyle.of_dualfocus(model.config.model_type, processor, box_convention)
         if self.constrained:
             self.vocabulary  # noqa: B018  refuses a tokenizer that cannot write boxes
 
     @functools.cached_property
     def vocabulary(self) -> BoxVocabulary:
         """Of boxes; see box_vocabulary.py."""
-        return BoxVocabulary(self.prompter.tokenizer, self.box_format)
+        return BoxVocabulary(self.prompter.tokenizer, self.box_style.format)
 
     def answer(
         self, image: Any, question: str, *, box: Any = None, letters: Iterable[str] | None = None, **generation: Any
@@ -343,7 +337,7 @@ class _Batch:
             said = [self._tokens_of(i, box) if (box := given[i]) is not None else [] for i in rows]
             return Reciter(said) if any(said) else None
         if method.constrained:
-            grammars = [self._grammar(i) for i in rows]
+            grammars = [method.box_style.grammar(self.grids[i]) for i in rows]
             return BoxSpeaker(method.vocabulary, grammars, jump_forward=method.jump_forward)
         return self.passes.free_box_speaker(method.grounding_generation, {"max_new_tokens": method.grounding_tokens})
 
@@ -356,19 +350,15 @@ class _Batch:
             else:
                 text = method.prompter.decode_markup(written.tokens)
                 self.grounding_texts[i] = text
-                box = first_box(text, self.sizes[i], method.box_convention, self.grids[i])
+                box = method.box_style.read(text, self.sizes[i], self.grids[i])
             if box is not None and box[0] < box[2] and box[1] < box[3]:
                 self.boxes[i] = box
 
-    def _grammar(self, i: int) -> BoxGrammar:
-        return BoxGrammar.of_image(self.method.box_format, self.method.box_convention, self.grids[i])
-
     def _tokens_of(self, i: int, box: Box) -> list[int]:
-        grammar = self._grammar(i)
-        numbers = grammar.numbers_of(as_fractions(box, self.sizes[i], self.method.box_convention, self.grids[i]))
-        lead = self.leads[i] if grammar.format.may_lead_with_space else ""
-        options = self.method.vocabulary.options_of(grammar.start(), "", lead + grammar.format.text(numbers))
-        return [option.token for option in options]
+        style, vocabulary = self.method.box_style, self.method.vocabulary
+        lead = self.leads[i] if style.format.may_lead_with_space else ""
+        text = lead + style.text(box, self.sizes[i], self.grids[i])
+        return [option.token for option in vocabulary.options_of(style.grammar(self.grids[i]).start(), "", text)]
 
     def _pathways(self, i: int) -> tuple[Pathway, Pathway | None]:
         """Macro and micro."""

@@ -53,7 +53,7 @@ class Prompter:
     """
 
     def __init__(self, model: Any, processor: Any, template: Template | None = None) -> None:
-        self._model = model
+        self.model = model
         self._processor = processor
         self.writes_paths = hasattr(processor, "from_list_format")  # the original Qwen-VL's tokenizer
         self.tokenizer: Any = processor if self.writes_paths else getattr(processor, "tokenizer", None)
@@ -86,10 +86,10 @@ class Prompter:
         Raises:
             UnsupportedModelError: the model takes no second image.
         """
-        if self.writes_paths or self._model.config.model_type in _ONE_IMAGE:
+        if self.writes_paths or self.model.config.model_type in _ONE_IMAGE:
             raise UnsupportedModelError(
-                f"expected a model that takes a second image in a later turn, got {type(self._model).__name__} with "
-                f"model_type {self._model.config.model_type!r}"
+                f"expected a model that takes a second image in a later turn, got {type(self.model).__name__} with "
+                f"model_type {self.model.config.model_type!r}"
             )
         if self._template is not None:
             prompt = self._text(None, question)
@@ -165,11 +165,11 @@ class Prompter:
     def _default_template(self) -> Template | None:
         """None: the processor's chat template."""
         if self.writes_paths:
-            is_chat = getattr(self._model.generation_config, "chat_format", None) == "chatml"
+            is_chat = getattr(self.model.generation_config, "chat_format", None) == "chatml"
             return _CHATML if is_chat else QUESTION
         if getattr(self._processor, "chat_template", None) is not None:
             return None
-        model_type = self._model.config.model_type
+        model_type = self.model.config.model_type
         if model_type not in PLAIN_FORMATS:
             raise ValueError(
                 f"template: expected one, since the processor of this model ({model_type}) has no chat_template; give "
@@ -198,7 +198,7 @@ class Prompter:
         """Left-padded, with the id that the model pads with: Qwen-VL's tokenizer knows none."""
         rows = [self.tokenizer(text)["input_ids"] for text in texts]
         width = max(map(len, rows))
-        pad = self._model.generation_config.pad_token_id
+        pad = self.model.generation_config.pad_token_id
         if pad is None and any(len(row) < width for row in rows):
             raise ValueError("model: expected generation_config.pad_token_id to be set, which a batch is padded with")
         return {
@@ -213,8 +213,8 @@ class Prompter:
             if first and name.startswith("pixel_values"):
                 value = first[name]
             elif isinstance(value, Tensor):
-                dtype = self._model.dtype if value.is_floating_point() else None
-                value = value.to(device=self._model.device, dtype=dtype)
+                dtype = self.model.dtype if value.is_floating_point() else None
+                value = value.to(device=self.model.device, dtype=dtype)
             moved[name] = value
         return moved
 

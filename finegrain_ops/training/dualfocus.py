@@ -25,12 +25,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..boxes import Box
+from ..families import ImageGrid
+from ..geometry import clip_box
 from ..integrations.image_processors import preprocess
+from ..methods.box_style import BoxStyle
 from ..methods.dualfocus import BOX_PROMPT, COMBINE_PROMPT
+from ..methods.grounding import image_grids
 from ..methods.prompting import Template, fill, require_template
 from ..regions import dualfocus_crops
 from .annotations.records import BoxedQuestion
-from .box_text import box_text
 from .conversations import ConversationBatch, answer_rounds, end_of_answers, prompter_on_cpu
 from .images import ImageSource, open_image
 
@@ -81,8 +84,8 @@ class DualFocusCollator:
         processor: the model's.
         template: the prompt around a question, as of `methods.prompting.Prompter`.
         box_prompt, combine_prompt: Q1 and Q2, texts with "{question}" in them or functions of the question.
-        box_convention: how the model is to write boxes, of `boxes.parse_boxes`: "unit" (the paper's), "unit_padded",
-            "permille" or "pixel" (Qwen2-VL and later).
+        box_convention: how the model is to write boxes, as of `DualFocus`, which then reads them: "unit" is the
+            paper's, "auto" that for LLaVAs and otherwise the family's.
         margin: pixels around the square about the box, as of `regions.dualfocus_crops`.
         key_bias: makes batch["key_bias"], to train through reweighted attention on the true boxes with a patched model:
             `lambda *a: handle.key_bias(*a, weight=2.0)`. It is called with the batch, a list of boxes for each image
@@ -102,7 +105,7 @@ class DualFocusCollator:
         template: Template | None = None,
         box_prompt: Template = BOX_PROMPT,
         combine_prompt: Template = COMBINE_PROMPT,
-        box_convention: str = "unit",
+        box_convention: str = "auto",
         margin: int = 25,
         key_bias: KeyBias | None = None,
     ) -> None:
@@ -110,11 +113,12 @@ class DualFocusCollator:
         self._processor = processor
         self._box_prompt = require_template(box_prompt, "box_prompt")
         self._combine_prompt = require_template(combine_prompt, "combine_prompt")
-        self._convention = box_convention
+        self._box_style = BoxStyle.of_dualfocus(model.config.model_type, processor, box_convention)
+        if self._box_style.convention == "unit_view" and model.config.model_type == "llava_next":
+            raise ValueError('box_convention: expected "unit" or "unit_padded" for LLaVA-NeXT, got "unit_view"')
         self._margin = margin
         self._key_bias = key_bias
         self._end = end_of_answers(model, self._prompter)
-        box_text((0, 0, 1, 1), (1, 1), box_convention, processed_size=(1, 1))
 
     def __call__(self, samples: Sequence[DualFocusSample]) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels (B, P), padded on the right, and the pixels of both rounds: image and
@@ -134,10 +138,13 @@ class DualFocusCollator:
             for i, sample in enumerate(samples)
         ]
         inputs = batch.ask(asked, images)
-        said = [
-            self._box_text(boxes[i], sizes[i], inputs, i) if i in boxes else sample.answer
-            for i, sample in enumerate(samples)
-        ]
+        style = self._box_style
+        grids: list[list[ImageGrid]] = [[] for _ in samples]
+        if style.needs_grids:
+            grids = image_grids(self._prompter.model, self._processor, inputs, sizes)
+        said = [sample.answer for sample in samples]
+        for i, box in boxes.items():
+            said[i] = style.text(clip_box(box, sizes[i], f"samples[{i}].box"), sizes[i], grids[i])
         batch.answer(range(len(samples)), said)
         crops: list[Box] = []
         if boxes:
@@ -160,18 +167,6 @@ class DualFocusCollator:
                     shown_sizes.append((y1 - y0, x1 - x0))
             finished["key_bias"] = self._key_bias(finished, shown_boxes, shown_sizes)
         return finished
-
-    def _box_text(self, box: Box, size: tuple[int, int], inputs: dict[str, Tensor], i: int) -> str:
-        processed = None
-        if self._convention == "pixel":
-            if "image_grid_thw" not in inputs:
-                raise ValueError(
-                    'box_convention: expected "pixel" only of Qwen2-VL and later, whose images keep their form'
-                )
-            rows, columns = inputs["image_grid_thw"][i, 1:].tolist()
-            patch = self._processor.image_processor.patch_size
-            processed = (rows * patch, columns * patch)
-        return box_text(box, size, self._convention, processed_size=processed)
 
 
 def dualfocus_rounds(labels: Tensor) -> Tensor:

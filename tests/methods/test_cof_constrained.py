@@ -64,7 +64,7 @@ def test_there_is_a_box_and_the_answer_is_that_boxs(family: str, parts, rows: st
     results = cof.answer_batch(images, QUESTIONS, **SIX)
     ((inputs, grammars, prefix),) = grounded
     assert (prefix is not None) == (rows == "after_image") == bool(prefixes)
-    convention = cof._box_convention
+    convention = cof._box_style.convention
     grids = image_grids(model, processor, inputs, sizes)
     for i, (result, grammar) in enumerate(zip(results, grammars)):
         assert grammar == BoxGrammar.of_image(WRITTEN.get(family, LIST), convention, grids[i])

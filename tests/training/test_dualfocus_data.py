@@ -59,9 +59,8 @@ def expected_texts(name: str) -> list[str]:
 @pytest.fixture(scope="module", params=CHATS)
 def made(request):
     model, processor, _, template = make(request.param)
-    collate = DualFocusCollator(
-        model, processor, template=template, box_prompt=Q1 + "{question}", combine_prompt=Q2 + "{question}"
-    )
+    prompts = {"box_prompt": Q1 + "{question}", "combine_prompt": Q2 + "{question}"}
+    collate = DualFocusCollator(model, processor, template=template, box_convention="unit", **prompts)
     batch = collate(samples())
     with torch.no_grad():
         output = model(**batch)
@@ -183,8 +182,10 @@ def decoded_labels(collate, processor, sample) -> str:
     ("convention", "expected"),
     [
         ("unit", "[0.12, 0.33, 0.38, 0.67]"),
-        ("unit_padded", "[0.125, 0.375, 0.375, 0.625]"),
-        ("permille", "[125, 333, 375, 667]"),
+        ("auto", "[0.12, 0.33, 0.38, 0.67]"),
+        ("unit_padded", "[0.12, 0.38, 0.38, 0.62]"),
+        ("unit_view", "[0.00, 0.33, 0.33, 0.67]"),  # the square in the middle begins at 10
+        ("permille", '{"bbox_2d": [125, 333, 375, 667]}'),
     ],
 )
 def test_conventions_of_boxes(llava, convention: str, expected: str) -> None:
@@ -193,16 +194,14 @@ def test_conventions_of_boxes(llava, convention: str, expected: str) -> None:
     assert decoded_labels(collate, processor, samples()[0]).startswith(f"{expected}</s>")
 
 
-def test_pixels_of_the_image_that_the_model_sees(llava, qwen) -> None:
+def test_pixels_of_the_image_that_the_model_sees(qwen) -> None:
     model, processor, _, template = qwen
     collate = DualFocusCollator(model, processor, template=template, box_convention="pixel")
     sample = samples()[0]
     _, rows, columns = collate([sample])["image_grid_thw"][0].tolist()
     x0, y0, x1, y1 = (round(v * n * 4 / side) for v, n, side in zip(BOXES[0], (columns, rows) * 2, (80, 60) * 2))
     assert (rows, columns) != (60 / 4, 80 / 4)
-    assert decoded_labels(collate, processor, sample).startswith(f"[{x0}, {y0}, {x1}, {y1}]</s>")
-    with pytest.raises(ValueError, match='box_convention: expected "pixel" only of Qwen2-VL and later'):
-        DualFocusCollator(llava[0], llava[1], box_convention="pixel")([sample])
+    assert decoded_labels(collate, processor, sample).startswith(f'{{"bbox_2d": [{x0}, {y0}, {x1}, {y1}]}}</s>')
 
 
 def test_prompts_and_margin_are_the_callers(llava) -> None:
@@ -254,8 +253,8 @@ def test_arguments(llava) -> None:
     model, processor, _, _ = llava
     with pytest.raises(ValueError, match="samples: expected at least one"):
         DualFocusCollator(model, processor)([])
-    with pytest.raises(ValueError, match="convention: expected one of 'unit'"):
-        DualFocusCollator(model, processor, box_convention="auto")
+    with pytest.raises(ValueError, match="box_convention: expected one of 'auto'"):
+        DualFocusCollator(model, processor, box_convention="inches")
     with pytest.raises(ValueError, match="box_prompt: expected"):
         DualFocusCollator(model, processor, box_prompt="Where?")
     blip = types.SimpleNamespace(model_type="blip-2")
@@ -332,3 +331,28 @@ def test_the_beginning_token_is_fed_once_as_at_inference() -> None:
     expected = [*first["input_ids"][0].tolist(), *answers[0], *second["input_ids"][0].tolist(), *answers[1], EOS]
     assert ids.tolist() == expected
     assert (ids == talking_llava.BOS).sum() == 1
+
+
+def test_inference_feeds_what_training_fed(made, monkeypatch) -> None:
+    """DualFocus with the true box: the conversation up to the second answer, token by token, and its pixels."""
+    from finegrain_ops.methods import dualfocus_passes
+
+    fed = {}
+    whole = dualfocus_passes.positions_in_prompts
+    monkeypatch.setattr(
+        dualfocus_passes,
+        "positions_in_prompts",
+        lambda model, rows, images: fed.update(rows=rows) or whole(model, rows, images),
+    )
+    _, _, _, template = make(made.name)
+    options = {"prompt": Q1 + "{question}", "combine_prompt": Q2 + "{question}", "box_convention": "unit"}
+    method = finegrain_ops.DualFocus(made.model, made.processor, template=template, **options)
+    sample = samples()[0]
+    result = method.answer(sample.image, sample.question, box=sample.box, max_new_tokens=1)
+    assert result.crop == CROPS[0]
+    trained = tokens_of(made.batch, 0).tolist()
+    (row,) = fed["rows"]
+    text, of_training = (made.processor.tokenizer.decode(ids) for ids in (row, trained))
+    # A prompt that ends in a word is gone on with a space, which SentencePiece's first token of a text has in it.
+    assert of_training.startswith(text.replace(f" {TEXTS[0]}", TEXTS[0]))
+    assert len(text) > len(TEXTS[0]) + len(Q2)
