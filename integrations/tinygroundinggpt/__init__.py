@@ -5,7 +5,8 @@ Importing this package makes transformers' Auto classes know it.
 
 from __future__ import annotations
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # not hidden where torchvision is missing
 
 from .assembly import from_checkpoints
 from .configuration import TinyGroundingGPTConfig
