@@ -146,6 +146,17 @@ def test_there_is_one_copy_of_the_columns(family: str) -> None:
     assert walk.columns > 3 * 64 + 3
 
 
+def test_a_cache_is_not_copied_for_every_token() -> None:
+    tree = PromptTree(tiny_llava.make_model(), 2)
+    branch = tree.grow()
+    rooms = []
+    for _ in range(200):
+        tree.run([tree.text(branch, [[5], [6]])])
+        rooms.append(tree._layers[0]._key_room)
+    assert len({room.data_ptr() for room in rooms}) <= 4
+    assert all(layer.keys.data_ptr() == layer._key_room.data_ptr() for layer in tree._layers)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_was_taken_back_was_never_there(family: str) -> None:
     walk = Walk(family)
@@ -154,6 +165,8 @@ def test_what_was_taken_back_was_never_there(family: str) -> None:
     walk.say((a, text(3, 1, 4)), (b, text(2, 2, 2, first=40)))
     walk.take_back(a, [2, 0, 4])
     walk.say((a, text(1, 1, 1, first=50)))
+    with pytest.raises(AssertionError):
+        walk.tree.take_back(b, [0, 0, 3])
     walk.take_back(b, [0, 1, 2])  # of its own last segment, which is not the last one
     walk.say((b, text(2, 0, 3, first=60)), (a, text(2, 2, 2, first=70)))
     walk.take_back(a, [0, 0, 0])
@@ -197,6 +210,34 @@ def test_any_walk(family: str, seed: int) -> None:
             walk.take_back(leaf, [int(draw.integers(0, len(row) + 1)) for row in rows])
         if size > 1 and draw.random() < 0.15:
             walk.select(draw.permutation(size)[: draw.integers(size - 1, size + 1)].tolist())
+
+
+def test_the_mask_is_that_of_the_picture() -> None:
+    """The module's example, with padding beside it and a token taken back: these see themselves alone."""
+    tree = PromptTree(tiny_llava.make_model(), 1)
+    a = tree.grow()
+    tree.run([tree.text(a, [[5, 6, 7]])])
+    b, c = tree.grow(a), tree.grow(a)
+    tree.run([tree.text(b, [[8, 9]]), tree.text(c, [[10, 11, 12]])])
+    tree.take_back(c, [2])
+    segments = [tree.text(b, [[13]]), tree.text(c, [[14]])]
+    assert [segment.positions.tolist() for segment in segments] == [[[5]], [[4]]]
+    tree.run(segments)
+    sees = tree._mask(10) == 0
+    assert ["".join(".x"[bool(seen)] for seen in row) for row in sees[0, 0]] == [
+        "x.........",
+        "xx........",
+        "xxx.......",
+        "xxxx......",
+        "xxxxx.....",
+        "xxx..x....",
+        "......x...",
+        ".......x..",
+        "xxxxx...x.",
+        "xxx..x...x",
+    ]
+    assert torch.equal(tree._mask(2), tree._mask(10)[:, :, -2:])
+    assert float(tree._mask(2).min()) == torch.finfo(torch.float32).min
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
