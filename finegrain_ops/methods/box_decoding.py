@@ -64,7 +64,7 @@ class _Question:
 
 class _Reply(NamedTuple):
     option: Option
-    log_probability: float  # among all tokens
+    log_probability: float | None  # among all tokens
 
 
 class BoxSpeaker:
@@ -74,6 +74,7 @@ class BoxSpeaker:
         vocabulary: of the model's tokenizer, for the grammars' format.
         grammars: of each row.
         jump_forward: False asks for every token in a step of its own, forced or not.
+        with_log_probabilities: False computes the logits of tokens that may come next, and no others.
         branch: of the tree; see `decoding.Speaker`.
     """
 
@@ -83,11 +84,13 @@ class BoxSpeaker:
         grammars: Sequence[BoxGrammar],
         *,
         jump_forward: bool = True,
+        with_log_probabilities: bool = True,
         branch: int = 0,
     ) -> None:
         self.branch = branch
         self._vocabulary = vocabulary
         self._jump_forward = jump_forward
+        self._with_log_probabilities = with_log_probabilities
         self._rows = [_Row(grammar.start()) for grammar in grammars]
         self._is_first = True
         for row in self._rows:
@@ -104,7 +107,7 @@ class BoxSpeaker:
 
     @property
     def log_probabilities(self) -> list[list[float | None]]:
-        """Per row and token, log p(w_i | w_<i) among all tokens, in float32; None where the logits were not heard."""
+        """Per row and token, log p(w_i | w_<i) among all tokens, in float32; None where that was not heard."""
         return [row.log_probabilities for row in self._rows]
 
     @property
@@ -118,9 +121,10 @@ class BoxSpeaker:
     def pending(self) -> list[list[int]]:
         return [[] if row.state.is_complete else row.pending for row in self._rows]
 
-    def hear(self, tree: PromptTree, logits: Tensor) -> None:
+    def hear(self, tree: PromptTree, states: Tensor) -> None:
         speaking = [(i, row) for i, row in enumerate(self._rows) if not row.state.is_complete]
-        replies = iter(self._replies(logits, [question for i, row in speaking for question in self._questions(i, row)]))
+        questions = [question for i, row in speaking for question in self._questions(i, row)]
+        replies = iter(self._replies(tree, states, questions))
         taken_back = [0] * len(self._rows)
         for i, row in speaking:
             for k in self._unheard(row):
@@ -154,6 +158,8 @@ class BoxSpeaker:
 
     def _unheard(self, row: _Row) -> list[int]:
         """Of the tokens about to have been run, those whose predecessor is run too and that nobody has asked about."""
+        if not self._with_log_probabilities:
+            return []
         first = row.num_run + (not self._is_first)
         return [k for k in range(first, len(row.said)) if row.log_probabilities[k] is None]
 
@@ -177,18 +183,24 @@ class BoxSpeaker:
         forced, _ = state.forced()
         return self._vocabulary.options_of(state, text, forced)[:1] if forced else self._vocabulary.allowed(state)
 
-    def _replies(self, logits: Tensor, questions: Sequence[_Question]) -> list[_Reply]:
-        """logits (B, n, vocabulary). Asks the device once for all."""
+    def _replies(self, tree: PromptTree, states: Tensor, questions: Sequence[_Question]) -> list[_Reply]:
+        """states (B, n, hidden). Asks the device once for all."""
         if not questions:
             return []
         lengths = [len(self._rows[q.row].pending) for q in questions]
-        columns = [logits.shape[1] - n + q.column for n, q in zip(lengths, questions)]
+        columns = [states.shape[1] - n + q.column for n, q in zip(lengths, questions)]
         width = max(len(q.options) for q in questions)
         tokens = torch.tensor([[o.token for o in q.options] + [-1] * (width - len(q.options)) for q in questions])
-        rows, tokens = torch.tensor([[q.row for q in questions], columns]), tokens.to(logits.device)
-        scores = logits[rows[0].to(logits.device), rows[1].to(logits.device)].float()  # (questions, vocabulary)
-        best, which = scores.gather(1, tokens.clamp(min=0)).masked_fill(tokens < 0, float("-inf")).max(1)
-        heard = torch.stack([which.double(), (best - scores.logsumexp(1)).double()], 1).tolist()
+        rows = torch.tensor([[q.row for q in questions], columns]).to(states.device)
+        asked = states[rows[0], rows[1]]  # (questions, hidden)
+        is_option, tokens = (tokens >= 0).to(states.device), tokens.clamp(min=0)
+        if not self._with_log_probabilities:
+            few, of_few = (indices.to(states.device) for indices in tokens.unique(return_inverse=True))
+            scores = tree.logits(asked, few).float().gather(1, of_few).masked_fill(~is_option, float("-inf"))
+            return [_Reply(q.options[k], None) for q, k in zip(questions, scores.argmax(1).tolist())]
+        of_all = tree.logits(asked).float()
+        best, which = of_all.gather(1, tokens.to(states.device)).masked_fill(~is_option, float("-inf")).max(1)
+        heard = torch.stack([which.double(), (best - of_all.logsumexp(1)).double()], 1).tolist()
         return [_Reply(q.options[int(k)], probability) for q, (k, probability) in zip(questions, heard)]
 
 
@@ -208,7 +220,7 @@ def write_boxes(
         vocabulary, grammars, jump_forward: see `BoxSpeaker`.
         prefix: of the same images and prompts; then only what comes after it is run.
     """
-    writer = BoxSpeaker(vocabulary, grammars, jump_forward=jump_forward)
+    writer = BoxSpeaker(vocabulary, grammars, jump_forward=jump_forward, with_log_probabilities=False)
     rows = token_rows(inputs, 0 if prefix is None else prefix.length)
     prompts = [tokens + first for tokens, first in zip(rows, writer.pending())]
     if prefix is not None:

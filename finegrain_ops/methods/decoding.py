@@ -1,7 +1,7 @@
 """Several texts written at once from one `PromptTree`: each step runs the decoder once for all that are not finished.
 
-A speaker says what its rows want to run next, and hears the logits after it. `TextSpeaker` writes freely, as `generate`
-would; `box_decoding.BoxSpeaker` writes boxes.
+A speaker says what its rows want to run next, and hears the hidden states of that, from which it takes the logits that
+it needs. `TextSpeaker` writes freely, as `generate` would; `box_decoding.BoxSpeaker` writes boxes.
 """
 
 from __future__ import annotations
@@ -38,15 +38,13 @@ class Speaker(Protocol):
 
     @property
     def num_heard(self) -> int:
-        """The logits after how many of the last tokens it wants."""
+        """The hidden states of how many of the last tokens it wants."""
 
     def pending(self) -> list[list[int]]:
         """What each row runs next; [] for rows that are finished."""
 
-    def hear(self, tree: PromptTree, logits: Tensor) -> None:
-        """(B, num_heard, vocabulary): after the last tokens of `pending`, right-aligned; of the first ones after the
-        prompt's.
-        """
+    def hear(self, tree: PromptTree, states: Tensor) -> None:
+        """(B, num_heard, hidden): of the last tokens of `pending`, right-aligned; before the first, of the prompt's."""
 
 
 def speak(
@@ -64,7 +62,7 @@ def speak(
         hidden = tree.run([segment for segment, _ in turn], images)
         for states, (_, speaker) in zip(hidden, turn):
             if speaker is not None:
-                speaker.hear(tree, tree.logits(states[:, -speaker.num_heard :]))
+                speaker.hear(tree, states[:, -speaker.num_heard :])
         images = None
         waiting = [(speaker, speaker.pending()) for speaker in speakers]
         turn = [(tree.text(speaker.branch, rows), speaker) for speaker, rows in waiting if any(rows)]
@@ -148,8 +146,8 @@ class TextSpeaker:
     def pending(self) -> list[list[int]]:
         return [[] if done else said[-1:] for said, done in zip(self.said, self._is_done)]
 
-    def hear(self, tree: PromptTree, logits: Tensor) -> None:
-        raw = logits[:, -1].float()
+    def hear(self, tree: PromptTree, states: Tensor) -> None:
+        raw = tree.logits(states[:, -1]).float()
         scores = self._rules.processors(self._ids, raw.clone())
         if self._rules.is_sampling:
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
@@ -189,10 +187,10 @@ class Reciter:
     def pending(self) -> list[list[int]]:
         return [[] for _ in self.said]
 
-    def hear(self, tree: PromptTree, logits: Tensor) -> None:
-        width = logits.shape[1]
-        tokens = torch.tensor([[0] * (width - len(row)) + row for row in self.said], device=logits.device)
-        raw = logits.float()
+    def hear(self, tree: PromptTree, states: Tensor) -> None:
+        width = states.shape[1]
+        tokens = torch.tensor([[0] * (width - len(row)) + row for row in self.said], device=states.device)
+        raw = tree.logits(states).float()
         heard = (raw.gather(2, tokens[:, :, None])[:, :, 0] - raw.logsumexp(2)).tolist()
         self.log_probabilities = [of_row[width - len(row) :] for of_row, row in zip(heard, self.said)]
 

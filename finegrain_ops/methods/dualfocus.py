@@ -338,7 +338,10 @@ class _Batch:
             return Reciter(said) if any(said) else None
         if method.constrained:
             grammars = [method.box_style.grammar(self.grids[i]) for i in rows]
-            return BoxSpeaker(method.vocabulary, grammars, jump_forward=method.jump_forward)
+            is_scored = method.score == "micro_context"  # with the box
+            return BoxSpeaker(
+                method.vocabulary, grammars, jump_forward=method.jump_forward, with_log_probabilities=is_scored
+            )
         return self.passes.free_box_speaker(method.grounding_generation, {"max_new_tokens": method.grounding_tokens})
 
     def _read_boxes(self, writer: BoxWriter, given: list[Box | None] | None) -> None:

@@ -161,10 +161,13 @@ class PromptTree:
         return list(hidden.split([segment.tokens.shape[1] for segment in segments], 1))
 
     @torch.no_grad()
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(B, n, vocabulary) of hidden states (B, n, hidden)."""
-        logits: Tensor = self._model.lm_head(hidden)
-        return logits
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(..., vocabulary) of hidden states (..., hidden); of `tokens` alone, (n,) int64, (..., n)."""
+        head = self._model.lm_head
+        if tokens is not None and _is_plain(head):  # a few rows of a large matrix
+            return F.linear(hidden, head.weight[tokens], None if head.bias is None else head.bias[tokens])
+        logits: Tensor = head(hidden)
+        return logits if tokens is None else logits[..., tokens]
 
     def take_back(self, branch: int, counts: Sequence[int]) -> None:
         """Forgets the last counts[row] tokens of the branch's last segment."""
@@ -223,6 +226,12 @@ def require_tree_model(model: Any) -> None:
             'model.set_attn_implementation({"text_config": "sdpa"})'
         )
     _growing_layers(model)
+
+
+def _is_plain(head: Any) -> bool:
+    """Whether its weight and bias say all that it does: it is not quantized, adapted, offloaded or hooked."""
+    is_hooked = head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head)
+    return type(head) is torch.nn.Linear and not is_hooked
 
 
 def token_rows(inputs: Mapping[str, Any], start: int = 0) -> list[list[int]]:

@@ -55,9 +55,9 @@ def preferring(model: Any, **by_text: float) -> Iterator[None]:
     hook.remove()
 
 
-def write(model: Any, inputs: dict[str, Any], kind: str, jump_forward: bool = True) -> tuple[BoxSpeaker, PromptTree]:
+def write(model: Any, inputs: dict[str, Any], kind: str, **options: bool) -> tuple[BoxSpeaker, PromptTree]:
     """As `write_boxes`, which returns the tokens only."""
-    speaker = BoxSpeaker(vocabulary(kind), grammars(kind), jump_forward=jump_forward)
+    speaker = BoxSpeaker(vocabulary(kind), grammars(kind), **options)
     prompts = [row + first for row, first in zip(token_rows(inputs), speaker.pending())]
     tree, images = PromptTree(model, len(prompts)), images_of(inputs)
     speaker.branch = tree.grow()
@@ -90,6 +90,45 @@ def assert_best(model: Any, inputs: dict[str, Any], speaker: BoxSpeaker, kind: s
             state = state.after(allowed[token])
         assert state.is_complete
         assert None not in speaker.log_probabilities[row][: len(said) - len(speaker.unfed[row]) + 1]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_without_log_probabilities_the_head_computes_no_logits_but_of_options(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs, forward, sizes = talking_llava.make_model(), batch(), torch.nn.functional.linear, []
+
+    def counted(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        sizes.append(len(weight))
+        return forward(hidden, weight, bias)
+
+    expected = write(model, inputs, kind)[0]
+    monkeypatch.setattr(torch.nn.functional, "linear", counted)
+    speaker, _ = write(model, inputs, kind, with_log_probabilities=False)
+    vocabulary_size = len(model.lm_head.weight)
+    assert vocabulary_size not in sizes
+    assert any(size < vocabulary_size / 4 for size in sizes)
+    assert (speaker.said, speaker.unfed, speaker.texts) == (expected.said, expected.unfed, expected.texts)
+    assert {heard for row in speaker.log_probabilities for heard in row} == {None}
+
+
+@pytest.mark.parametrize("change", ["none", "bias", "hook", "pre-hook", "method", "class"])
+def test_logits_of_some_tokens_are_those_of_the_head_whatever_it_is(change: str) -> None:
+    model = talking_llava.make_model()
+    head = model.lm_head
+    if change == "bias":
+        head.bias = torch.nn.Parameter(torch.linspace(-1, 1, head.out_features))
+    elif change == "hook":
+        head.register_forward_hook(lambda _, __, logits: logits.tanh())
+    elif change == "pre-hook":
+        head.register_forward_pre_hook(lambda _, arguments: (2 * arguments[0],))
+    elif change == "method":
+        head.forward = lambda hidden: hidden @ head.weight.T.cos()
+    elif change == "class":
+        model.lm_head = torch.nn.Sequential(head, torch.nn.Tanh())
+    tree, hidden = PromptTree(model, 1), torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([7, 250, 7, 0])
+    torch.testing.assert_close(tree.logits(hidden, tokens), model.lm_head(hidden)[..., tokens].detach())
 
 
 @pytest.mark.parametrize("seed", range(2))

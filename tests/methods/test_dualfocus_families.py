@@ -90,11 +90,11 @@ class Recorder:
         self.speakers: list[TextSpeaker] = []
         hear = TextSpeaker.hear
 
-        def recorded(speaker: TextSpeaker, tree: Any, logits: torch.Tensor) -> None:
+        def recorded(speaker: TextSpeaker, tree: Any, states: torch.Tensor) -> None:
             if speaker not in self.speakers:
                 self.speakers.append(speaker)
-            self.heard.setdefault(id(speaker), []).append(logits[:, -1])
-            hear(speaker, tree, logits)
+            self.heard.setdefault(id(speaker), []).append(tree.logits(states[:, -1]))
+            hear(speaker, tree, states)
 
         monkeypatch.setattr(TextSpeaker, "hear", recorded)
 
