@@ -73,6 +73,7 @@ class MadeUpTree:
                     heard[row, width - 1 - len(tokens) + k] = self.logits_after(row, before + tokens[:k])
                 before += tokens
             assert speaker.num_heard >= width
+            assert speaker.num_heard == width or len(pending) > 1 or not pending[0]  # rows that are done may be longer
             speaker.hear(self, heard[:, -speaker.num_heard :])
             is_first = False
             for row, said in zip(self.run, speaker.said):
@@ -212,6 +213,16 @@ def test_guesses_that_were_wrong_cost_a_turn(text: str, wrong_guesses: int, turn
     assert speaker.texts == [text]
     assert tree.wrong_guesses == wrong_guesses
     assert tree.turns == turns
+
+
+def test_several_guesses_are_made_at_once() -> None:
+    """A space, and the 0 of an x0 that may also be 1."""
+    speaker, tree = write("list", [(BoxGrammar(LIST, (250, 250)), " [0.25, 0.50, 0.75, 0.90]")])
+    assert speaker.texts == [" [0.25, 0.50, 0.75, 0.90]"]
+    assert (tree.turns, tree.wrong_guesses) == (8, 0)
+    speaker, tree = write("list", [(BoxGrammar(LIST, (250, 250)), " [1.25, 0.50, 2.25, 0.90]")])
+    assert speaker.texts == [" [1.25, 0.50, 2.25, 0.90]"]
+    assert (tree.turns, tree.wrong_guesses) == (10, 1)  # of x1's three digits 0 is none, so nothing is guessed
 
 
 def test_what_is_not_run_of_a_box() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import spelling_models
 import talking_llava
-from box_tokenizers import byte_bpe, metaspace_unigram, sentencepiece_bpe
+from box_tokenizers import byte_bpe, merged, metaspace_unigram, sentencepiece_bpe
 from finegrain_ops.methods.box_grammar import JSON, LIST, LIST_OF_THOUSANDTHS, MARKUP, BoxFormat, BoxGrammar
 from finegrain_ops.methods.box_vocabulary import BoxVocabulary
 
@@ -107,6 +107,22 @@ def test_tokens_are_cut_as_the_tokenizer_cuts_them() -> None:
     assert pieces("[0.25, 0.50, 0.75, 0.9", "5]") == ["5]"]
     whole = "[0.25, 0.50, 0.75, 0.99]"
     assert pieces("", whole) == [text_of(p) for p in tokenizer.tokenize(whole)]
+
+
+def test_the_longest_tokens_are_taken_only_where_the_tokenizer_cuts_otherwise() -> None:
+    vocabulary = BoxVocabulary(merged([("0", "]"), ("5", "0")]), LIST)
+    start = BoxGrammar(LIST, (100, 100)).start()
+    text = "[0.25, 0.10, 0.75, 0.50]"
+    assert [option.text for option in vocabulary.options_of(start, "", text)][-2:] == ["5", "0]"]
+    assert [option.text for option in vocabulary.options_of(start.after(text[:-1]), text[:-1], "]")] == ["]"]
+
+
+def test_marks_of_a_space_that_are_decoded_as_they_are() -> None:
+    """U+0120 is a space in byte-level BPE only."""
+    tokenizer = sentencepiece_bpe()
+    tokenizer.add_tokens(["\u0120", "\u0120["])
+    options = BoxVocabulary(tokenizer, LIST).allowed(BoxGrammar(LIST, (100, 100)).start())
+    assert sorted(tokenizer.convert_ids_to_tokens([o.token for o in options])) == ["[", "\u2581", "\u2581["]
 
 
 def test_special_tokens_are_used_and_not_spelled() -> None:

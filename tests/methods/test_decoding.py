@@ -98,6 +98,15 @@ class Favour(transformers.LogitsProcessor):
         return scores
 
 
+class Recorder(transformers.LogitsProcessor):
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.seen.append(input_ids.clone())
+        return scores
+
+
 class EndAfter(transformers.StoppingCriteria):
     """Ends each row after a token of its own."""
 
@@ -152,6 +161,27 @@ def test_rows_end_at_different_steps(model, inputs) -> None:
     later = generate_says(model, inputs, **settings)
     assert min(map(len, later)) > 7
     assert tree_says(model, inputs, **settings)[0].said == later
+
+
+def test_processors_see_what_they_see_in_generate(model, inputs) -> None:
+    """Also the rows that have ended, and the image tokens of the prompt."""
+    first = plain(model, inputs)
+    recorders = Recorder(), Recorder()
+    for recorder, run in zip(recorders, (generate_says, tree_says)):
+        settings = {"eos_token_id": [first[0][2], first[1][5]], "pad_token_id": 0}
+        run(model, inputs, **settings, logits_processor=transformers.LogitsProcessorList([recorder]))
+    seen = [recorder.seen for recorder in recorders]
+    assert len(seen[0]) == len(seen[1]) > 1
+    for of_generate, ours in zip(*seen):
+        assert torch.equal(of_generate, ours)
+    assert bool((ours[:, inputs["input_ids"].shape[1] :] == 0).any())
+
+
+def test_greedy_where_nothing_is_said(inputs) -> None:
+    model = talking_llava.make_model()
+    greedy = plain(model, inputs)
+    model.generation_config.update(do_sample=True, temperature=3.0)
+    assert tree_says(model, inputs)[0].said == greedy
 
 
 def test_stopping_criteria_of_each_row(model, inputs) -> None:
