@@ -34,11 +34,12 @@ def byte_bpe(special: Sequence[str] = ()) -> transformers.PreTrainedTokenizerFas
     return merged(merges, special)
 
 
-def sentencepiece_bpe(left_out: str = "") -> transformers.PreTrainedTokenizerFast:
+def sentencepiece_bpe(left_out: str = "", extra: Sequence[str] = ()) -> transformers.PreTrainedTokenizerFast:
     """As Llama's: U+2581 for spaces, one before every text, bytes where there is no piece."""
     pieces = [c for c in CHARACTERS if c not in left_out]
     merges = [("\u2581", c) for c in ("\u2581", "[", "0") if c not in left_out]
     words = [*SPECIAL, *(f"<0x{i:02X}>" for i in range(256)), "\u2581", *pieces, *("".join(pair) for pair in merges)]
+    words += extra
     model = models.BPE(
         {word: i for i, word in enumerate(words)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True
     )

@@ -119,8 +119,7 @@ def test_the_longest_tokens_are_taken_only_where_the_tokenizer_cuts_otherwise() 
 
 def test_marks_of_a_space_that_are_decoded_as_they_are() -> None:
     """U+0120 is a space in byte-level BPE only."""
-    tokenizer = sentencepiece_bpe()
-    tokenizer.add_tokens(["\u0120", "\u0120["])
+    tokenizer = sentencepiece_bpe(extra=["\u0120", "\u0120["])
     options = BoxVocabulary(tokenizer, LIST).allowed(BoxGrammar(LIST, (100, 100)).start())
     assert sorted(tokenizer.convert_ids_to_tokens([o.token for o in options])) == ["[", "\u2581", "\u2581["]
 
