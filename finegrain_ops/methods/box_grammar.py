@@ -10,6 +10,7 @@ Coordinate convention: that of `boxes`; numbers are those of `boxes.parse_boxes`
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -70,11 +71,13 @@ class BoxGrammar:
     """All boxes of one image in one format.
 
     Attributes:
-        highest: the largest number of units in x and in y; the smallest is 0. At least 1.
+        highest: how many units what the numbers count from is wide and high. At least 1.
+        within: x0, y0, x1, y1 of the units that the image covers, between which all numbers are; None: all of them.
     """
 
     format: BoxFormat
     highest: tuple[int, int]
+    within: tuple[int, int, int, int] | None = None
 
     @classmethod
     def of_image(cls, written: BoxFormat, convention: str, grids: Sequence[ImageGrid]) -> BoxGrammar:
@@ -85,19 +88,36 @@ class BoxGrammar:
         units = 10**written.decimals if convention.startswith("unit") else 1000
         return cls(written, (units, units))
 
+    def covering(self, image: Box) -> BoxGrammar:
+        """Those that do not lie in the padding around an image, whose edges are `image` in 0..1 of what `highest`
+        counts.
+        """
+        x0, x1 = _units(image[0], image[2], self.highest[0])
+        y0, y1 = _units(image[1], image[3], self.highest[1])
+        return replace(self, within=None if (x0, y0, x1, y1) == (0, 0, *self.highest) else (x0, y0, x1, y1))
+
     def start(self) -> BoxState:
         return BoxState(self)
 
+    def bounds(self, axis: int) -> tuple[int, int]:
+        """The smallest and the largest number in x (axis 0) or y."""
+        return (0, self.highest[axis]) if self.within is None else (self.within[axis], self.within[axis + 2])
+
     def numbers_of(self, box: Box) -> tuple[int, int, int, int]:
         """A box with edges in 0..1 of what `highest` counts, rounded to units, with at least one unit of area."""
-        x0, x1 = _ordered(round(box[0] * self.highest[0]), round(box[2] * self.highest[0]), self.highest[0])
-        y0, y1 = _ordered(round(box[1] * self.highest[1]), round(box[3] * self.highest[1]), self.highest[1])
+        (x0, x1), (y0, y1) = (self._numbers_of_edges(box[axis], box[axis + 2], axis) for axis in (0, 1))
         return x0, y0, x1, y1
 
+    def _numbers_of_edges(self, low: float, high: float, axis: int) -> tuple[int, int]:
+        lowest, highest = self.bounds(axis)
+        first = min(max(round(low * self.highest[axis]), lowest), highest - 1)
+        return first, min(max(round(high * self.highest[axis]), first + 1), highest)
 
-def _ordered(low: int, high: int, highest: int) -> tuple[int, int]:
-    low = min(max(low, 0), highest - 1)
-    return low, min(max(high, low + 1), highest)
+
+def _units(low: float, high: float, highest: int) -> tuple[int, int]:
+    """The units that low..high of 0..1 touches, at least one."""
+    first = min(max(math.floor(low * highest), 0), highest - 1)
+    return first, min(max(math.ceil(high * highest), first + 1), highest)
 
 
 @dataclass(frozen=True)
@@ -173,9 +193,10 @@ class BoxState:
     def _spellings(self) -> dict[str, tuple[str, bool]]:
         """Of the number that this part is, between what the first corner leaves room for."""
         field = self.part // 2
-        highest = self.grammar.highest[field % 2]
-        lowest = 0 if field < 2 else self.numbers[field - 2] + 1
-        return _spellings(self.grammar.format, lowest, highest - 1 if field < 2 else highest)
+        lowest, highest = self.grammar.bounds(field % 2)
+        if field < 2:
+            return _spellings(self.grammar.format, lowest, highest - 1)
+        return _spellings(self.grammar.format, self.numbers[field - 2] + 1, highest)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -47,12 +47,15 @@ class BoxStyle:
     def needs_grids(self) -> bool:
         return self.convention in ("pixel", "unit_view")
 
-    def grammar(self, grids: Sequence[ImageGrid]) -> BoxGrammar:
-        return BoxGrammar.of_image(self.format, self.convention, grids)
+    def grammar(self, image_size: tuple[int, int], grids: Sequence[ImageGrid]) -> BoxGrammar:
+        """Of all boxes that lie in the image, at least in part."""
+        height, width = image_size
+        image = as_fractions((0.0, 0.0, float(width), float(height)), image_size, self.convention, grids)
+        return BoxGrammar.of_image(self.format, self.convention, grids).covering(image)
 
     def text(self, box: Box, image_size: tuple[int, int], grids: Sequence[ImageGrid]) -> str:
         """A box in pixels of the original image as the model writes it, rounded, with some area."""
-        numbers = self.grammar(grids).numbers_of(as_fractions(box, image_size, self.convention, grids))
+        numbers = self.grammar(image_size, grids).numbers_of(as_fractions(box, image_size, self.convention, grids))
         return self.format.text(numbers)
 
     def read(self, text: str, image_size: tuple[int, int], grids: Sequence[ImageGrid]) -> Box | None:

@@ -127,8 +127,7 @@ class CoF:
         box_convention: in which convention of `boxes.parse_boxes` the model writes boxes, or "unit_view": 0..1 of what
             is left of the image after preprocessing; "auto": its family's.
         constrained: write the box of the first pass by its grammar, in the family's format and fewer decoder steps
-            (box_decoding.py): there always is one then, though it may be one of the padding in "unit_padded" and
-            "unit_view". Families whose prompts hold image tokens.
+            (box_decoding.py): there always is one then. Families whose prompts hold image tokens.
         grounding_tokens: max_new_tokens of the first pass, where it is not constrained.
         grounding_generation: further settings of its `generate`, likewise; greedy.
         template: how a question becomes the model's prompt; see prompting.Prompter.
@@ -319,7 +318,7 @@ class CoF:
             defaults = {**GREEDY, "max_new_tokens": self.grounding_tokens}
             settings = self.grounding_generation
             return generate_answers(self.model, inputs, decode, settings, defaults, prefix=prefix).texts
-        grammars = [self._box_style.grammar(batch.grids[i]) for i in indices]
+        grammars = [self._box_style.grammar(batch.sizes[i], batch.grids[i]) for i in indices]
         return [decode(tokens) for tokens in write_boxes(self.model, inputs, self._vocabulary, grammars, prefix)]
 
     def _given(self, batch: _Batch, i: int, boxes: list[Box]) -> _Located:

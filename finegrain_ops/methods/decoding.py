@@ -75,6 +75,7 @@ class Rules:
     processors: Any  # transformers' LogitsProcessorList
     criteria: Any  # StoppingCriteriaList
     is_sampling: bool
+    image_token: int  # never said: it would be taken for an image where it is run again beside one
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ def rules_of(
             )
         is_sampling = mode is GenerationMode.SAMPLE
         criteria = StoppingCriteriaList([*stopping_criteria, *of_strings])
-        prepared.append(Rules(logits_processor, criteria, is_sampling))
+        prepared.append(Rules(logits_processor, criteria, is_sampling, model.config.image_token_id))
         return input_ids
 
     # No image is shown here, so there must be no token of one; nothing that is prepared depends on which they are.
@@ -119,7 +120,7 @@ def rules_of(
 
 
 class TextSpeaker:
-    """Writes text as `generate` does: greedy or sampled, with its processors and stopping criteria.
+    """Writes text as `generate` does: greedy or sampled, with its processors and stopping criteria; but no image token.
 
     Attributes:
         said: per row, the tokens, with the one that ends them.
@@ -149,6 +150,7 @@ class TextSpeaker:
     def hear(self, tree: PromptTree, states: Tensor) -> None:
         raw = tree.logits(states[:, -1]).float()
         scores = self._rules.processors(self._ids, raw.clone())
+        scores[:, self._rules.image_token] = -math.inf
         if self._rules.is_sampling:
             tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]
         else:

@@ -337,7 +337,7 @@ class _Batch:
             said = [self._tokens_of(i, box) if (box := given[i]) is not None else [] for i in rows]
             return Reciter(said) if any(said) else None
         if method.constrained:
-            grammars = [method.box_style.grammar(self.grids[i]) for i in rows]
+            grammars = [method.box_style.grammar(self.sizes[i], self.grids[i]) for i in rows]
             is_scored = method.score == "micro_context"  # with the box
             return BoxSpeaker(
                 method.vocabulary, grammars, jump_forward=method.jump_forward, with_log_probabilities=is_scored
@@ -360,8 +360,9 @@ class _Batch:
     def _tokens_of(self, i: int, box: Box) -> list[int]:
         style, vocabulary = self.method.box_style, self.method.vocabulary
         lead = self.leads[i] if style.format.may_lead_with_space else ""
-        text = lead + style.text(box, self.sizes[i], self.grids[i])
-        return [option.token for option in vocabulary.options_of(style.grammar(self.grids[i]).start(), "", text)]
+        size, grids = self.sizes[i], self.grids[i]
+        text = lead + style.text(box, size, grids)
+        return [option.token for option in vocabulary.options_of(style.grammar(size, grids).start(), "", text)]
 
     def _pathways(self, i: int) -> tuple[Pathway, Pathway | None]:
         """Macro and micro."""

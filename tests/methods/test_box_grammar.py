@@ -337,3 +337,29 @@ def test_how_many_units_an_image_has() -> None:
     assert BoxGrammar.of_image(LIST, "unit", [grid]).highest == (100, 100)
     assert BoxGrammar.of_image(LIST_OF_THOUSANDTHS, "unit_padded", [grid]).highest == (1000, 1000)
     assert BoxGrammar.of_image(LIST, "unit_view", [grid, families.qwen2_vl((50, 50))]).highest == (100, 100)
+
+
+EDGES = st.tuples(st.floats(-0.2, 1.2), st.floats(-0.2, 1.2)).map(sorted)
+
+
+@given(grammar=GRAMMARS, across=EDGES, down=EDGES, data=st.data())
+def test_no_box_is_of_the_padding_around_an_image(grammar: BoxGrammar, across, down, data) -> None:
+    """The numbers of any text, and of any box that is written, are units that the image touches."""
+    covered = grammar.covering((across[0], down[0], across[1], down[1]))
+    state = covered.start()
+    while following := state.next_characters():
+        state = state.after(data.draw(st.sampled_from(following)))
+    x0, y0, x1, y1 = state.numbers
+    drawn = data.draw(st.tuples(EDGES, EDGES))
+    written = covered.numbers_of((drawn[0][0], drawn[1][0], drawn[0][1], drawn[1][1]))
+    for low, high, edges, units in (
+        (x0, x1, across, grammar.highest[0]),
+        (y0, y1, down, grammar.highest[1]),
+        (written[0], written[2], across, grammar.highest[0]),
+        (written[1], written[3], down, grammar.highest[1]),
+    ):
+        first, last = (min(max(edge, 0.0), 1.0) * units for edge in edges)
+        assert 0 <= low < high <= units
+        assert low + 1 >= first or low == units - 1
+        assert low > first - 1 or low == units - 1
+        assert high < last + 1 or high == low + 1

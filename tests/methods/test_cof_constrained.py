@@ -9,10 +9,10 @@ import pytest
 import spelling_models
 import talking_llava
 import tiny_qformer
-from finegrain_ops import CoF, UnsupportedModelError
+from finegrain_ops import CoF, UnsupportedModelError, families
 from finegrain_ops.methods import cof as cof_module
 from finegrain_ops.methods.box_grammar import JSON, LIST, MARKUP, BoxGrammar
-from finegrain_ops.methods.grounding import first_box, image_grids
+from finegrain_ops.methods.grounding import as_fractions, first_box, image_grids
 from finegrain_ops.methods.reuse import ImagePrefix
 from spelling_models import FAMILIES
 
@@ -67,10 +67,11 @@ def test_there_is_a_box_and_the_answer_is_that_boxs(family: str, parts, rows: st
     convention = cof._box_style.convention
     grids = image_grids(model, processor, inputs, sizes)
     for i, (result, grammar) in enumerate(zip(results, grammars)):
-        assert grammar == BoxGrammar.of_image(WRITTEN.get(family, LIST), convention, grids[i])
+        whole = as_fractions((0, 0, *images[i].size), sizes[i], convention, grids[i])
+        assert grammar == BoxGrammar.of_image(WRITTEN.get(family, LIST), convention, grids[i]).covering(whole)
         assert grammar.start().after(result.grounding_text).is_complete
         assert result.box == first_box(result.grounding_text, sizes[i], convention, grids[i])
-        assert result.box is not None or family == "LLaVA-NeXT"  # whose square has padding; see below
+        assert result.box is not None
     assert len({result.grounding_text for result in results}) > 1
     given = CoF(model, processor, rows=rows, weight=WEIGHT)
     expected = given.answer_batch(images, QUESTIONS, boxes=[result.box for result in results], **SIX)
@@ -84,22 +85,20 @@ def test_there_is_a_box_and_the_answer_is_that_boxs(family: str, parts, rows: st
     assert not talking_llava.traces(model)
 
 
-def test_a_box_of_padding_is_no_box() -> None:
-    """A padded square has more in it than the image: the grammar may lead outside of it."""
+def test_boxes_are_never_of_padding() -> None:
+    """A padded square has more in it than the image, but no box lies there, however much the model would like it to."""
     model, processor = talking_llava.make_model(), talking_llava.make_processor()
-    image = talking_llava.make_images(2)[1]  # twice as high as wide: x of 0 to 0.25 is padding
+    image = talking_llava.make_images(2)[1]  # twice as high as wide: x of 0 to 0.25 and of 0.75 to 1 is padding
     bias = model.lm_head.weight.new_zeros(model.lm_head.weight.shape[0])
     for text, value in (("0", 60.0), ("1", 30.0)):
         bias[processor.tokenizer.encode(text, add_special_tokens=False)] += value
     hook = model.lm_head.register_forward_hook(lambda _, __, logits: logits + bias)
-    options = {"constrained": True, "box_convention": "unit_padded"}
-    (result,) = [CoF(model, processor, **options, on_missing_box="plain").answer(image, "What?", **SIX)]
-    assert result.grounding_text == "[0.00, 0.00, 0.01, 0.01]"
-    assert result.box is None
-    assert result.chosen == "macro"
-    with pytest.raises(cof_module.MissingBoxError, match=r"\[0\.00, 0\.00, 0\.01, 0\.01\]"):
-        CoF(model, processor, **options, on_missing_box="raise").answer(image, "What?", **SIX)
+    result = CoF(model, processor, constrained=True, box_convention="unit_padded").answer(image, "What?", **SIX)
     hook.remove()
+    x0, y0, x1, y1 = (float(number) for number in result.grounding_text.strip("[]").split(", "))
+    assert 0.25 <= x0 < x1 <= 0.75
+    assert (y0, y1) == (0.00, 0.01)
+    assert first_box(result.grounding_text, image.size[::-1], "unit_padded", [families.llava(image.size[::-1])])
 
 
 def test_models_whose_prompts_hold_no_image_are_refused() -> None:

@@ -74,6 +74,8 @@ def generate_says(model: Any, inputs: dict[str, Any], **settings: Any) -> list[l
         options.pop("max_new_tokens")
     elif "do_sample" not in settings:
         options["do_sample"] = False
+        given = options.get("logits_processor", [])
+        options["logits_processor"] = transformers.LogitsProcessorList([*given, NoImage()])
     output = model.generate(**inputs, **options)
     ends = end_tokens(model, settings)["eos_token_id"]
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -88,6 +90,13 @@ def plain(model: Any, inputs: dict[str, Any]) -> list[list[int]]:
     rows = generate_says(model, inputs)
     assert all(len(row) == 12 for row in rows)
     return rows
+
+
+class NoImage(transformers.LogitsProcessor):
+    """What a TextSpeaker never says."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return scores.index_fill(1, torch.tensor([talking_llava.IMAGE]), float("-inf"))
 
 
 class Favour(transformers.LogitsProcessor):
@@ -227,6 +236,7 @@ def test_a_generation_config_says_everything(model, inputs) -> None:
     ids=str,
 )
 def test_samples_are_generates(model, inputs, settings: dict) -> None:
+    settings = {**settings, "suppress_tokens": [talking_llava.IMAGE]}
     for seed in range(3):
         torch.manual_seed(seed)
         expected = generate_says(model, inputs, do_sample=True, **settings)
@@ -236,7 +246,11 @@ def test_samples_are_generates(model, inputs, settings: dict) -> None:
     assert expected != plain(model, inputs)
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.6}, {"logits_processor": [Favour()]}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"repetition_penalty": 1.6}, {"logits_processor": [Favour()]}],
+    ids=["plain", "repetition_penalty", "logits_processor"],
+)
 def test_log_probabilities_are_the_models_own(model, inputs, settings: dict) -> None:
     """Not those of the processed scores, even where a processor changes them in place."""
     speaker, _ = tree_says(model, inputs, **settings)

@@ -381,6 +381,20 @@ def test_sampling_goes_by_torchs_seed(model, processor) -> None:
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("score", module.SCORES)
+def test_no_answer_has_an_image_token_in_it(processor, score: str) -> None:
+    """However likely: run again beside the crop it would be taken for a place of it."""
+    model = make_model()
+    wanted = torch.zeros(model.lm_head.out_features).index_fill(0, torch.tensor([IMAGE]), 1e3)
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits + wanted)
+    for constrained in (True, False):
+        method = DualFocus(model, processor, score=score, constrained=constrained, grounding_tokens=5)
+        result = method.answer(make_images(1)[0], "Why?", max_new_tokens=4)
+        assert IMAGE not in result.macro.tokens
+        assert (result.micro is not None) == constrained
+        assert result.micro is None or IMAGE not in result.micro.tokens
+
+
 def test_timings_and_kinds_of_images(model, processor, tmp_path) -> None:
     image = make_images(1)[0]
     image.save(tmp_path / "image.png")
