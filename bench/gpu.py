@@ -34,7 +34,14 @@ TESTS = (
     "tests/triton_kernels",
     "tests/cuda_backend/test_on_device.py",
 )
-MODEL_TESTS = "tests/integrations/test_models_on_device.py"
+MODEL_TESTS = (
+    "tests/integrations/test_models_on_device.py",
+    "tests/integrations/test_preprocess_llava_next.py",
+    "tests/methods/test_prompt_tree.py",
+    "tests/methods/test_decoding.py",
+    "tests/methods/test_box_decoding.py",
+    "tests/methods/test_dualfocus.py",
+)
 MODELS_NEED = ("transformers", "PIL")
 NEEDED = {"torch": "PyTorch", "triton": "Triton", "pytest": "pytest"}
 HELPFUL = {
@@ -143,7 +150,7 @@ def missing_packages() -> list[str]:
 def tests_command(jobs: int) -> list[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:benchmark", *TESTS]
     if all(importlib.util.find_spec(module) is not None for module in MODELS_NEED):
-        command.append(MODEL_TESTS)
+        command += MODEL_TESTS
     if importlib.util.find_spec("xdist") is not None and jobs > 1:
         command += ["-n", str(jobs), "--maxfail=20"]
     return command

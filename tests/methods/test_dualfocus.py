@@ -10,14 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 import finegrain_ops
 import tiny_qformer
 from finegrain_ops import DualFocus, UnsupportedInputError, UnsupportedModelError
-from finegrain_ops.boxes import parse_boxes
 from finegrain_ops.methods import dualfocus as module
 from finegrain_ops.methods.dualfocus import BOX_PROMPT, COMBINE_PROMPT, Pathway
 from finegrain_ops.methods.prompt_tree import PromptTree
@@ -214,24 +211,6 @@ def test_without_a_box_the_macro_answer_stands(model, processor, answers) -> Non
     for i in (0, 2):
         assert same(results[i].macro, answers[i].macro)
         assert results[i].crop == answers[i].crop
-
-
-NO_BOX = ["", "no", "[0.5, 0.5, 0.5, 0.9]", "[0.2, 0.3, 0.4", "[nan, 0, 1, 1]", "[1e309, 0, 1, 1]", "[[[[", '{"x": ["']
-
-
-@pytest.mark.parametrize("text", NO_BOX)
-def test_texts_without_a_box_of_any_area(model, processor, text: str) -> None:
-    result = saying_boxes(model, processor, text).answer(make_images(1)[0], "Why?", **SHORT)
-    assert (result.reason, result.box, result.grounding_text) == ("no_box", None, text)
-
-
-@settings(max_examples=15, deadline=None)
-@given(text=st.text(st.characters(codec="ascii"), max_size=40))
-def test_no_text_of_a_box_raises(model, processor, text: str) -> None:
-    result = saying_boxes(model, processor, text).answer(make_images(1)[0], "Why?", max_new_tokens=1)
-    found = parse_boxes(result.grounding_text, image_size=(60, 80), convention="unit")
-    has_area = bool(found) and found[0][0] < found[0][2] and found[0][1] < found[0][3]
-    assert (result.micro is not None) == has_area
 
 
 def test_a_free_box_is_the_constrained_one_where_the_model_says_it(model, processor) -> None:
