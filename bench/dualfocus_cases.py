@@ -86,7 +86,7 @@ def _quick_cpu_cases() -> list[DualFocusCase]:
 def _full_cpu_cases() -> list[DualFocusCase]:
     return [
         _case(DUALFOCUS, _SCALED_DOWN, torch.float32, 4, 4),
-        _case(DUALFOCUS_ADAPTIVE, _SCALED_DOWN, torch.float32, 1, 16),
+        _case(DUALFOCUS_ADAPTIVE, _SCALED_DOWN, torch.float32, 1, 8),
     ]
 
 
