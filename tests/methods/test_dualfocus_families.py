@@ -14,10 +14,10 @@ from finegrain_ops import DualFocus
 from finegrain_ops.methods.decoding import TextSpeaker
 from finegrain_ops.methods.dualfocus import BOX_PROMPT, COMBINE_PROMPT
 from spelling_models import FAMILIES, make_images, make_model, make_processor
-from tiny_models import TINY
+from tiny_models import IMAGE_TOKEN, TINY
 
 QUESTIONS = ["What is it?", "And which one of these?", "Why?"]
-SHORT = {"max_new_tokens": 6, "do_sample": False}
+SHORT = {"max_new_tokens": 6, "do_sample": False, "suppress_tokens": [IMAGE_TOKEN]}  # which DualFocus never says
 NUMBERS = {  # all numbers in units of the last digit, how they are written, and what is between them
     "LLaVA": ([f"{n / 100:.2f}" for n in range(101)], ("[", ", ", ", ", ", ", "]")),
     "Qwen2-VL": ([str(n) for n in range(1001)], ("<|box_start|>(", ",", "),(", ",", ")<|box_end|>")),
