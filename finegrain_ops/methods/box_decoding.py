@@ -18,8 +18,8 @@ from torch import Tensor
 from .box_grammar import BoxGrammar, BoxState
 from .box_vocabulary import BoxVocabulary, Option
 from .decoding import speak
-from .prompt_tree import PromptTree, images_of, positions_in_prompts, token_rows
-from .reuse import ImagePrefix
+from .prompt_tree import PromptTree, positions_in_prompts, token_rows
+from .reuse import ImagePrefix, images_of
 
 
 @dataclass
@@ -160,8 +160,7 @@ class BoxSpeaker:
         """Of the tokens about to have been run, those whose predecessor is run too and that nobody has asked about."""
         if not self._with_log_probabilities:
             return []
-        first = row.num_run + (not self._is_first)
-        return [k for k in range(first, len(row.said)) if row.log_probabilities[k] is None]
+        return [k for k in range(row.num_run, len(row.said)) if row.log_probabilities[k] is None]
 
     def _questions(self, i: int, row: _Row) -> list[_Question]:
         """About what was said unheard, then about each token of the guess, then about what follows."""

@@ -24,7 +24,7 @@ from .arguments import check_questions, one_of
 from .box_decoding import write_boxes
 from .box_style import BoxStyle
 from .box_vocabulary import BoxVocabulary
-from .generation import GREEDY, check_generation, generate_answers
+from .generation import GREEDY, check_generation, generate_answers, grounding_settings
 from .grounding import GROUNDING_PROMPT, image_grids, region_around
 from .prompt_tree import require_tree_model
 from .prompting import Prompter, Template, fill, open_images, require_template
@@ -175,10 +175,7 @@ class CoF:
         self.grounding_tokens = grounding_tokens
         self.box_convention = box_convention
         self.constrained = require_bool(constrained, "constrained")
-        if grounding_generation is not None and constrained:
-            raise ValueError("grounding_generation: expected None with constrained=True, which is greedy; leave it out")
-        self.grounding_generation = dict(grounding_generation or {})
-        check_generation(self.grounding_generation)
+        self.grounding_generation = grounding_settings(grounding_generation, constrained=constrained)
         self.model = model
         self.processor = processor
         with _patched(model, processor) as handle:  # refuses a model that cannot be patched

@@ -7,7 +7,6 @@ it needs. `TextSpeaker` writes freely, as `generate` would; `box_decoding.BoxSpe
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -24,7 +23,6 @@ from .prompt_tree import PromptTree, Segment
 _NOT_SAID = ("prompt_lookup_num_tokens", "assistant_early_exit", "guidance_scale", "dola_layers", "penalty_alpha")
 # What generate drops, like the tokenizer of stop_strings, where another decodes in its place.
 _FORGOTTEN = ("assistant_model", "streamer")
-_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Speaker(Protocol):
@@ -181,25 +179,19 @@ class Reciter:
         self.said = [list(row) for row in said]
         self.log_probabilities: list[list[float]] = [[] for _ in said]
         self.unfed = [row[-1:] for row in self.said]
+        self._pending = [row[:-1] for row in self.said]
 
     @property
     def num_heard(self) -> int:
         return max(map(len, self.said))
 
     def pending(self) -> list[list[int]]:
-        return [[] for _ in self.said]
+        return self._pending
 
     def hear(self, tree: PromptTree, states: Tensor) -> None:
+        self._pending = [[] for _ in self.said]
         width = states.shape[1]
         tokens = torch.tensor([[0] * (width - len(row)) + row for row in self.said], device=states.device)
         raw = tree.logits(states).float()
         heard = (raw.gather(2, tokens[:, :, None])[:, :, 0] - raw.logsumexp(2)).tolist()
         self.log_probabilities = [of_row[width - len(row) :] for of_row, row in zip(heard, self.said)]
-
-
-def perplexity_of(log_probabilities: Sequence[float]) -> float:
-    """exp(-1/N sum log p) (DualFocus, arXiv 2402.14767, Eq. 7); NaN of nothing, infinity beyond a float."""
-    if not log_probabilities:
-        return math.nan
-    mean = -math.fsum(log_probabilities) / len(log_probabilities)
-    return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)

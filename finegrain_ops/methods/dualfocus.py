@@ -22,10 +22,11 @@ from .arguments import check_questions, one_of
 from .box_decoding import BoxSpeaker
 from .box_style import BoxStyle
 from .box_vocabulary import BoxVocabulary
-from .decoding import Reciter, TextSpeaker, perplexity_of
+from .decoding import Reciter, TextSpeaker
 from .dualfocus_passes import BoxWriter, Crop, InContext, Passes, Work, Written
-from .generation import check_generation
+from .generation import check_generation, grounding_settings
 from .grounding import image_grids
+from .perplexity import perplexity_of
 from .prompt_tree import require_tree_model
 from .prompting import Prompter, Template, fill, open_images, require_template
 from .results import MethodResult, Stopwatch
@@ -149,10 +150,7 @@ class DualFocus:
         if require_length(grounding_tokens, "grounding_tokens") == 0:
             raise ValueError("grounding_tokens: expected an integer > 0, got 0")
         self.grounding_tokens = grounding_tokens
-        if grounding_generation is not None and constrained:
-            raise ValueError("grounding_generation: expected None with constrained=True, which is greedy; leave it out")
-        self.grounding_generation = dict(grounding_generation or {})
-        check_generation(self.grounding_generation)
+        self.grounding_generation = grounding_settings(grounding_generation, constrained=constrained)
         self.model = model
         self.processor = processor
         self.prompter = Prompter(model, processor, template)

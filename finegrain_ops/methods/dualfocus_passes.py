@@ -25,8 +25,9 @@ from ..regions import dualfocus_crops
 from .box_decoding import BoxSpeaker
 from .decoding import Reciter, Speaker, TextSpeaker, rules_of, speak
 from .generation import end_tokens
-from .prompt_tree import PromptTree, Segment, images_of, left_padded, positions_in_prompts, token_rows
+from .prompt_tree import PromptTree, Segment, left_padded, positions_in_prompts, token_rows
 from .prompting import Prompter
+from .reuse import images_of
 
 BoxWriter: TypeAlias = TextSpeaker | BoxSpeaker | Reciter
 Settings: TypeAlias = Mapping[str, Any]  # of `generate`
@@ -124,12 +125,11 @@ class Passes:
             opening.append((self._tree.text(macro.branch, own), macro))
         if box is not None:
             box.branch = self._box = self._tree.grow(self._trunk)
-            said = [row[:-1] for row in box.said] if isinstance(box, Reciter) else box.pending()
-            own = [prompt.box[prompt.num_shared :] + first for prompt, first in zip(prompts, said)]
+            own = [prompt.box[prompt.num_shared :] + said for prompt, said in zip(prompts, box.pending())]
             opening.append((self._tree.text(box.branch, own), box))
         speak(self._tree, opening, images)
 
-    def written(self, speaker: TextSpeaker | BoxWriter, generation: Settings) -> dict[int, Written]:
+    def written(self, speaker: BoxWriter, generation: Settings) -> dict[int, Written]:
         """By row, what a speaker that the present rows had wrote with these settings."""
         ends = end_tokens(self._model, generation)["eos_token_id"]
         ends = ends if isinstance(ends, (list, tuple)) else [ends]
@@ -195,7 +195,7 @@ class Passes:
             again.branch = self._tree.grow(zoom)
         opening += [(before, None), (self._tree.prompt(micro.branch, last, last_position), micro)]
         if again is not None:
-            own = [[*first, *said[:-1]] for first, said in zip(last, again.said)]
+            own = [first + said for first, said in zip(last, again.pending())]
             opening.append((self._tree.text(again.branch, own), again))
         speak(self._tree, opening, images_of(inputs))
         if again is None:

@@ -81,6 +81,19 @@ def check_generation(generation: Mapping[str, Any]) -> None:
         raise ValueError("num_return_sequences: expected 1, one answer to each question; ask the question repeatedly")
 
 
+def grounding_settings(generation: Mapping[str, Any] | None, *, constrained: bool) -> dict[str, Any]:
+    """Those of the `generate` that writes a box; none where the box is constrained.
+
+    Raises:
+        ValueError: there are some all the same; or see `check_generation`.
+    """
+    if generation is not None and constrained:
+        raise ValueError("grounding_generation: expected None with constrained=True, which is greedy; leave it out")
+    settings = dict(generation or {})
+    check_generation(settings)
+    return settings
+
+
 def with_defaults(generation: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """A generation_config says everything, so with one no default applies; max_length stands for max_new_tokens."""
     if generation.get("generation_config") is not None:

@@ -5,12 +5,16 @@ DualFocus (arXiv 2402.14767), Eq. 7: exp(-1/N sum_i log p(w_i | w_<i)) over the 
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..validation import describe
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 def new_tokens(sequences: Tensor, num_steps: int, beam_indices: Tensor | None = None) -> Tensor:
@@ -84,3 +88,11 @@ def perplexity(
     mask = answer_mask(tokens, eos_token_id, pad_token_id)
     log_probabilities = token_log_probabilities(tokens, logits, beam_indices).masked_fill(~mask, 0.0)
     return torch.exp(-log_probabilities.sum(1) / mask.sum(1))
+
+
+def perplexity_of(log_probabilities: Sequence[float]) -> float:
+    """exp(-1/N sum log p) (DualFocus, arXiv 2402.14767, Eq. 7); NaN of nothing, infinity beyond a float."""
+    if not log_probabilities:
+        return math.nan
+    mean = -math.fsum(log_probabilities) / len(log_probabilities)
+    return math.inf if mean > _LARGEST_EXPONENT else math.exp(mean)

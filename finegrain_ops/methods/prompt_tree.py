@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedModelError
-from .reuse import IMAGES_IN_PROMPT, ImagePrefix, is_of_images, positions_of
+from .reuse import IMAGES_IN_PROMPT, ImagePrefix, positions_of
 
 _NOBODY = -1  # the branch of a column that no token sees
 _BLOCK = 64  # columns by which a cache grows
@@ -238,11 +238,6 @@ def token_rows(inputs: Mapping[str, Any], start: int = 0) -> list[list[int]]:
     """The tokens of each row of a processor's batch from column `start` on, without padding."""
     rows = zip(inputs["input_ids"][:, start:].tolist(), inputs["attention_mask"][:, start:].tolist())
     return [[token for token, is_real in zip(ids, mask) if is_real] for ids, mask in rows]
-
-
-def images_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What a processor returned of the images: pixels, sizes, grids."""
-    return {name: value for name, value in inputs.items() if is_of_images(name)}
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

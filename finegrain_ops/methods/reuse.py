@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -276,7 +276,7 @@ class ImagePrefix:
             )
         _require_known(inputs)
         ids, mask = (tensor[:, :length] for tensor in _ids_and_mask(inputs))
-        images = {name: value for name, value in inputs.items() if is_of_images(name)}
+        images = images_of(inputs)
         positions, _ = positions_of(model, ids, mask, images)
         # Without the language-model head: nothing is read off the prefix, and not every head can skip positions.
         cache = model.model(
@@ -310,7 +310,7 @@ class ImagePrefix:
                 raise ValueError(f"{name}: expected to be left to ImagePrefix.generate, which sets it; leave it out")
         if generation.get("key_bias") is not None:
             self._check_bias(mask, generation["key_bias"], generation.get("row_gate"))
-        images = {name: value for name, value in self._inputs.items() if is_of_images(name)}
+        images = images_of(self._inputs)
         _, rope_deltas = positions_of(self.model, ids, mask, images)
         if rope_deltas is not None:
             # generate counts on from the deltas of whichever batch ran last, so they have to be this one's.
@@ -345,7 +345,7 @@ class ImagePrefix:
         if bool(_image_tokens(self.model, inputs)[:, self.length :].any()):
             raise UnsupportedInputError("ImagePrefix.generate: there are image tokens after the prefix")
         for name, value in inputs.items():
-            if is_of_images(name) and not _same(value, self._inputs.get(name)):
+            if _is_of_images(name) and not _same(value, self._inputs.get(name)):
                 raise ValueError(f"{name}: expected that of the prefix, got another; prefill a prefix for these images")
         return ids, mask
 
@@ -415,7 +415,7 @@ def _image_tokens(model: Any, inputs: Any) -> Tensor:
 
 
 def _require_known(inputs: Any) -> None:
-    others = sorted(name for name in inputs if name not in _OF_TOKENS and not is_of_images(name))
+    others = sorted(name for name in inputs if name not in _OF_TOKENS and not _is_of_images(name))
     if others:
         raise ValueError(
             f"inputs: expected what the processor returned, laid out by align_after_images, got {others} too; give the "
@@ -438,12 +438,17 @@ def _right_aligned(part: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(is_real, part.long().argsort(dim=1, stable=True)[:, -width:], padding), is_real
 
 
-def is_of_images(name: str) -> bool:
+def images_of(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What a processor returned of the images: pixels, sizes, grids."""
+    return {name: value for name, value in inputs.items() if _is_of_images(name)}
+
+
+def _is_of_images(name: str) -> bool:
     return name.startswith(("pixel_", "image_")) or name.endswith("_pixel_values")
 
 
 def _is_per_token(name: str, value: object, ids: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == ids.shape and not is_of_images(name)
+    return isinstance(value, Tensor) and value.shape == ids.shape and not _is_of_images(name)
 
 
 def _same(a: Any, b: Any) -> bool:

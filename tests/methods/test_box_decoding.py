@@ -15,8 +15,8 @@ from finegrain_ops.methods.box_decoding import BoxSpeaker, write_boxes
 from finegrain_ops.methods.box_grammar import JSON, LIST, LIST_OF_THOUSANDTHS, MARKUP, BoxFormat, BoxGrammar
 from finegrain_ops.methods.box_vocabulary import BoxVocabulary
 from finegrain_ops.methods.decoding import speak
-from finegrain_ops.methods.prompt_tree import PromptTree, images_of, positions_in_prompts, token_rows
-from finegrain_ops.methods.reuse import ImagePrefix, align_after_images
+from finegrain_ops.methods.prompt_tree import PromptTree, positions_in_prompts, token_rows
+from finegrain_ops.methods.reuse import ImagePrefix, align_after_images, images_of
 
 FORMATS = {"list": LIST, "thousandths": LIST_OF_THOUSANDTHS, "markup": MARKUP, "json": JSON}
 HIGHEST = {"list": [(100, 100)] * 3, "json": [(48, 48), (7, 90), (130, 11)]}  # of each row; 1000 elsewhere

@@ -13,9 +13,11 @@ import transformers
 import spelling_models
 import talking_llava
 from finegrain_ops import UnsupportedInputError
-from finegrain_ops.methods.decoding import Reciter, TextSpeaker, perplexity_of, rules_of, speak
+from finegrain_ops.methods.decoding import Reciter, TextSpeaker, rules_of, speak
 from finegrain_ops.methods.generation import end_tokens
-from finegrain_ops.methods.prompt_tree import PromptTree, images_of, left_padded, positions_in_prompts, token_rows
+from finegrain_ops.methods.perplexity import perplexity_of
+from finegrain_ops.methods.prompt_tree import PromptTree, left_padded, positions_in_prompts, token_rows
+from finegrain_ops.methods.reuse import images_of
 
 QUESTIONS = ["What?", "Which one of these, and why?", "Who is it?"]
 TWELVE = {"max_new_tokens": 12}

@@ -16,8 +16,8 @@ import tiny_llava
 import tiny_models
 import tiny_qformer
 from finegrain_ops import UnsupportedModelError
-from finegrain_ops.methods.prompt_tree import PromptTree, images_of, positions_in_prompts, token_rows
-from finegrain_ops.methods.reuse import ImagePrefix, align_after_images
+from finegrain_ops.methods.prompt_tree import PromptTree, positions_in_prompts, token_rows
+from finegrain_ops.methods.reuse import ImagePrefix, align_after_images, images_of
 
 SIZES = [(30, 67), (24, 24), (41, 60)]  # height, width
 TEXTS = ["w5 w6 w7 w8", "w9", "w10 w11 w12 w13 w14 w15 w16"]
