@@ -13,6 +13,7 @@ from itertools import chain, zip_longest
 
 import torch
 
+from .named_case import NamedCase
 from .operations import BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -22,7 +23,7 @@ SETS = ("quick", "full")
 
 
 @dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(NamedCase):
     """One call: query (B, H, Nq, D), key and value (B, Hkv, Nk, D), and a box of image tokens that is reweighted.
 
     Packed, query is (T, H, D) and key and value (T, Hkv, D), and num_queries = num_keys = T.
@@ -69,14 +70,6 @@ class AttentionCase:
     def longest(self) -> int:
         """Keys of the longest sequence."""
         return max(self.lengths or (self.num_keys,))
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation}-{self.name}-{self.dtype_name}"
 
     def parameters(self) -> dict:
         """What a stored row says about the case; plain JSON values."""

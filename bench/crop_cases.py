@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from .named_case import NamedCase
 from .operations import CROP_RESIZE
 
 HD = (1080, 1920)  # (height, width)
@@ -23,7 +24,7 @@ Box = tuple[int, int, int, int]  # x0, y0, x1, y1
 
 
 @dataclass(frozen=True)
-class CropCase:
+class CropCase(NamedCase):
     """Boxes with integer edges, resized to a square of `size` pixels and normalised as CLIP's are; image by image in
     turn. channels last: pixels lie next to each other, as decoders leave them; planes: contiguous (3, H, W).
     """
@@ -45,14 +46,6 @@ class CropCase:
     @property
     def operation(self) -> str:
         return CROP_RESIZE
-
-    @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation}-{self.name}-{self.dtype_name}"
 
     def parameters(self) -> dict:
         """What a stored row says about the case; plain JSON values."""

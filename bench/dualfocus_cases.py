@@ -5,18 +5,19 @@ quick  what tells most; full  the quick ones first, then the rest, as in cases.p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from .generate_models import SHAPES
+from .named_case import ModelCase
 from .operations import DUALFOCUS, DUALFOCUS_ADAPTIVE, DUALFOCUS_OPERATIONS
 
 _LLAVA, _SCALED_DOWN = "llava-1.5-7b", "llava-1.5-7b scaled down"
 
 
 @dataclass(frozen=True)
-class DualFocusCase:
+class DualFocusCase(ModelCase):
     """Each call answers `questions` questions, each about an image of its own, `batch` at a time; there are two even
     where they are asked one by one, so that half of them can be skipped.
 
@@ -42,33 +43,9 @@ class DualFocusCase:
             )
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation}-{self.name}-{self.dtype_name}"
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of a plain prompt."""
-        return SHAPES[self.model].image_tokens + self.text_tokens
-
-    @property
     def num_tokens(self) -> int:
         """Of the answers that a call gives."""
         return self.questions * self.new_tokens
-
-    def parameters(self) -> dict:
-        """What a stored row says about the case; plain JSON values."""
-        shape = asdict(SHAPES[self.model])
-        return {
-            **asdict(self),
-            "id": self.id,
-            "dtype": self.dtype_name,
-            "prompt_tokens": self.prompt_tokens,
-            "shape": shape,
-        }
 
 
 def _case(

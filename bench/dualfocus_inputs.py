@@ -103,11 +103,14 @@ def make_dualfocus_inputs(case: DualFocusCase, device: torch.device) -> DualFocu
     import numpy as np
     from PIL import Image
 
+    from finegrain_ops.demo import random_llava
+
     shape = SHAPES[case.model]
     if shape.family != "llava":
         raise ValueError(f"{case.id}: DualFocus is measured with LLaVA's processor, not with {shape.family}'s")
     model = sharing_weights(make_model(case.model, case.dtype, device))
-    processor = _processor(14 * shape.image_grid[0], model.config.get_text_config().vocab_size)
+    tokenizer = _tokenizer(model.config.get_text_config().vocab_size)
+    processor = random_llava.make_processor(tokenizer, 14 * shape.image_grid[0])
     model.config.image_token_id = processor.tokenizer.convert_tokens_to_ids(processor.image_token)
     pixels = np.random.default_rng(0).integers(0, 256, (case.questions, 480, 640, 3), dtype=np.uint8)
     around = len(processor.tokenizer("USER: \n? ASSISTANT:")["input_ids"])
@@ -117,21 +120,6 @@ def make_dualfocus_inputs(case: DualFocusCase, device: torch.device) -> DualFocu
         for _ in range(case.questions)
     ]
     return DualFocusInputs(case, model, processor, [Image.fromarray(image) for image in pixels], questions)
-
-
-def _processor(side: int, vocabulary: int) -> Any:
-    from transformers import LlavaProcessor
-
-    from finegrain_ops.demo import random_llava
-
-    image_processor = random_llava.make()[1].image_processor
-    return LlavaProcessor(
-        image_processor=type(image_processor)(size={"shortest_edge": side}, crop_size={"height": side, "width": side}),
-        tokenizer=_tokenizer(vocabulary),
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
 
 
 def _tokenizer(vocabulary: int) -> Any:

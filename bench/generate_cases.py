@@ -5,18 +5,19 @@ quick  what tells most; full  the quick ones first, then the rest, as in cases.p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from .generate_models import SHAPES
+from .named_case import ModelCase
 from .operations import COF, GENERATE_DECODE, GENERATE_OPERATIONS, GENERATE_PREFILL
 
 _FEWEST_TEXT = 16  # of a padded batch's shortest prompt
 
 
 @dataclass(frozen=True)
-class GenerateCase:
+class GenerateCase(ModelCase):
     """`batch` prompts of an image and `text_tokens` of text; padded: of all lengths down to a few tokens of text.
 
     prefill: `generate` of one token, vision encoder and prompt included. decode: `generate` of `new_tokens` more, on
@@ -41,14 +42,6 @@ class GenerateCase:
             raise ValueError(f"{self.name}: a padded batch has at least 2 prompts, not {self.batch}")
 
     @property
-    def dtype_name(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    @property
-    def id(self) -> str:
-        return f"{self.operation}-{self.name}-{self.dtype_name}"
-
-    @property
     def text_lengths(self) -> tuple[int, ...]:
         """Of each prompt; in a padded batch evenly spread."""
         if not self.is_padded:
@@ -57,27 +50,11 @@ class GenerateCase:
         return tuple(round(self.text_tokens - i * step) for i in range(self.batch))
 
     @property
-    def prompt_tokens(self) -> int:
-        """Of the longest prompt."""
-        return SHAPES[self.model].image_tokens + self.text_tokens
-
-    @property
     def num_tokens(self) -> int:
         """That a call processes, padding not counted."""
         if self.operation != GENERATE_PREFILL:
             return self.batch * self.new_tokens
         return self.batch * SHAPES[self.model].image_tokens + sum(self.text_lengths)
-
-    def parameters(self) -> dict:
-        """What a stored row says about the case; plain JSON values."""
-        shape = asdict(SHAPES[self.model])
-        return {
-            **asdict(self),
-            "id": self.id,
-            "dtype": self.dtype_name,
-            "prompt_tokens": self.prompt_tokens,
-            "shape": shape,
-        }
 
 
 def _case(

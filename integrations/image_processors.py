@@ -142,6 +142,11 @@ def _as_tensor(image: Any, steps: Steps, index: int, is_one: bool) -> Tensor:
         )
     if image.dtype not in (torch.uint8, np.uint8):
         raise TypeError(f"{name}: expected uint8, levels from 0 to 255, got {image.dtype}")
+    return channels_first(image, name)
+
+
+def channels_first(image: Tensor | np.ndarray, name: str) -> Tensor:
+    """(3, H, W) of such a tensor or of an array (H, W, 3); ValueError for other shapes."""
     channels, layout = (0, "(3, H, W)") if isinstance(image, Tensor) else (-1, "(H, W, 3)")
     if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
         raise ValueError(f"{name}: expected {layout}, got shape {tuple(image.shape)}")

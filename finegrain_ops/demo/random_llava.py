@@ -132,7 +132,7 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config).eval()
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model, _processor(tokenizer)
+    return model, make_processor(tokenizer)
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:
@@ -151,10 +151,11 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    side = {"height": _IMAGE_SIDE, "width": _IMAGE_SIDE}
+def make_processor(tokenizer: PreTrainedTokenizerFast, side: int = _IMAGE_SIDE) -> LlavaProcessor:
+    """LLaVA-1.5's, of images of `side` pixels, with another tokenizer."""
+    crop_size = {"height": side, "width": side}
     return LlavaProcessor(
-        image_processor=_pillow_clip_processor()(size={"shortest_edge": _IMAGE_SIDE}, crop_size=side),
+        image_processor=_pillow_clip_processor()(size={"shortest_edge": side}, crop_size=crop_size),
         tokenizer=tokenizer,
         patch_size=_PATCH,
         vision_feature_select_strategy="default",

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import UnsupportedModelError
-from .reuse import IMAGES_IN_PROMPT, ImagePrefix, positions_of
+from .reuse import ImagePrefix, positions_of, require_images_in_prompt
 
 _NOBODY = -1  # the branch of a column that no token sees
 _BLOCK = 64  # columns by which a cache grows
@@ -213,12 +213,7 @@ class PromptTree:
 
 def require_tree_model(model: Any) -> None:
     """Raises UnsupportedModelError where a `PromptTree` of the model could not be right."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in IMAGES_IN_PROMPT:
-        raise UnsupportedModelError(
-            f"expected a model of one of {IMAGES_IN_PROMPT}, whose decoders attend to image tokens, got "
-            f"{type(model).__name__} with model_type {model_type!r}"
-        )
+    require_images_in_prompt(model)
     implementation = model.config.get_text_config()._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise UnsupportedModelError(

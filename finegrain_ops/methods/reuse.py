@@ -398,14 +398,19 @@ def _ids_and_mask(inputs: Any) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _image_tokens(model: Any, inputs: Any) -> Tensor:
-    """(B, P) bool: every token that an image's features take the place of. Refuses other models and inputs."""
+def require_images_in_prompt(model: Any, advice: str = "") -> None:
+    """Raises UnsupportedModelError for a model whose prompts hold no image tokens."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in IMAGES_IN_PROMPT:
         raise UnsupportedModelError(
             f"expected a model of one of {IMAGES_IN_PROMPT}, whose decoders attend to image tokens, got "
-            f"{type(model).__name__} with model_type {model_type!r}; use vision_once instead"
+            f"{type(model).__name__} with model_type {model_type!r}{advice}"
         )
+
+
+def _image_tokens(model: Any, inputs: Any) -> Tensor:
+    """(B, P) bool: every token that an image's features take the place of. Refuses other models and inputs."""
+    require_images_in_prompt(model, "; use vision_once instead")
     if any("video" in name for name in inputs):
         raise UnsupportedInputError(f"inputs: expected images only, got videos among {sorted(inputs)}")
     ids = inputs["input_ids"]

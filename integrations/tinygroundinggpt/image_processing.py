@@ -20,6 +20,7 @@ from transformers.utils.constants import (
 from ...crop_resize import crop_resize
 from ...geometry import PixelMap
 from ...validation import describe
+from ..image_processors import channels_first
 
 
 class TinyGroundingGPTImageProcessor(BaseImageProcessor):  # type: ignore[misc]
@@ -121,12 +122,7 @@ def _as_tensor(image: Any, name: str) -> Tensor:
         raise TypeError(
             f"{name}: expected a PIL image, a uint8 tensor (3, H, W) or a uint8 array (H, W, 3), got {describe(image)}"
         )
-    channels, layout = (0, "(3, H, W)") if isinstance(image, Tensor) else (-1, "(H, W, 3)")
-    if image.ndim != 3 or image.shape[channels] != 3 or 0 in image.shape:
-        raise ValueError(f"{name}: expected {layout}, got shape {tuple(image.shape)}")
-    if isinstance(image, Tensor):
-        return image
-    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
+    return channels_first(image, name)
 
 
 def _normalized(levels: Tensor, mean: list[float], std: list[float]) -> Tensor:

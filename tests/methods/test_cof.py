@@ -22,23 +22,13 @@ from finegrain_ops.methods import cof as module
 from finegrain_ops.methods.cof import MissingBoxError
 from finegrain_ops.methods.generation import Answers
 from finegrain_ops.methods.grounding import STRICT_GROUNDING_PROMPT
-from talking_llava import EOS, GRID, IMAGE, PAD, count_calls, make_images, make_model, make_processor, saying, traces
+from talking_llava import EOS, GRID, IMAGE, PAD, count_calls, make_images, make_processor, saying, traces
 
 QUESTIONS = ["What is it?", "And which one of these?", "Why?"]
 WEIGHT = 30.0  # enough to change what is said
 SHORT = {"max_new_tokens": 8, "suppress_tokens": [IMAGE, PAD]}
 BOX = "[0.3, 0.2, 0.6, 0.7]"
 NO_BOX = "I do not know"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
 
 
 def make(model, processor, *grounding: list[str], **options) -> CoF:

@@ -10,18 +10,7 @@ from PIL import Image
 
 from finegrain_ops import CoF, UnsupportedModelError
 from finegrain_ops.methods.cof import PRESETS
-from talking_llava import count_calls, make_images, make_model, make_processor, traces
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
-
+from talking_llava import count_calls, make_images, make_processor, traces
 
 BAD_OPTIONS = {
     "negative weight": ({"weight": -1.0}, ValueError, "weight: expected a finite number >= 0"),

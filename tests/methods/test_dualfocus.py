@@ -26,16 +26,6 @@ BOX = "[0.20, 0.30, 0.61, 0.72]"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
-
-
-@pytest.fixture(scope="module")
 def answers(model, processor) -> list:
     """Of all defaults."""
     return DualFocus(model, processor).answer_batch(make_images(3), QUESTIONS, **SHORT)

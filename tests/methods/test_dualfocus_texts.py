@@ -8,19 +8,9 @@ from hypothesis import strategies as st
 
 from finegrain_ops import DualFocus
 from finegrain_ops.boxes import parse_boxes
-from talking_llava import IMAGE, PAD, make_images, make_model, make_processor, saying
+from talking_llava import IMAGE, PAD, make_images, saying
 
 SHORT = {"max_new_tokens": 6, "suppress_tokens": [IMAGE, PAD]}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
 
 
 def saying_a_box(model, processor, text: str) -> DualFocus:

@@ -8,14 +8,9 @@ import pytest
 import torch
 
 from finegrain_ops.methods.perplexity import answer_mask, new_tokens, perplexity, token_log_probabilities
-from talking_llava import BOS, EOS, IMAGE, PAD, make_images, make_model, make_processor, saying
+from talking_llava import BOS, EOS, IMAGE, PAD, make_images, make_processor, saying
 
 SCORED = {"max_new_tokens": 12, "return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [IMAGE, PAD]}
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
 
 
 @pytest.fixture(scope="module")

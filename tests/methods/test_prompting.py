@@ -20,16 +20,6 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make_model()
-
-
-@pytest.fixture(scope="module")
-def processor():
-    return make_processor()
-
-
 TEMPLATES = {
     "the family's own": (None, None, "USER: <image>\n{x} is? ASSISTANT:"),
     "chat template": (CHAT, None, "[user]<image>{x} is?[assistant]"),
