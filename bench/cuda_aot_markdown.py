@@ -8,30 +8,18 @@ from pathlib import Path
 
 from finegrain_ops.backends.cuda.variants import ELEMENTS, Variant, all_variants
 
+from . import markers
 from .cuda_aot_table import ARCHITECTURES, CudaEntry, CudaTable
 from .occupancy import most_warps
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "cuda.md"
-BEGIN, END = "<!-- machine code: begin -->", "<!-- machine code: end -->"
+SECTION = "machine code"
 WIDTHS = (64, 128)
 _NAMES = {"half_t": "float16", "bfloat16_t": "bfloat16", "float": "float32", "byte_t": "uint8"}
 
 
 def update(table: CudaTable, document: Path | None = None) -> None:
-    document = document or DOCUMENT
-    document.write_text(replace_between_markers(document.read_text("utf-8"), markdown(table)), "utf-8")
-
-
-def replace_between_markers(text: str, section: str) -> str:
-    """`text` with `section` between its markers, and otherwise as it was.
-
-    Raises:
-        ValueError: the markers are not there exactly once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected exactly one {BEGIN} and after it one {END}")
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n{section.strip()}\n{END}{rest.partition(END)[2]}"
+    markers.update(document or DOCUMENT, SECTION, markdown(table))
 
 
 def markdown(table: CudaTable) -> str:

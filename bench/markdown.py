@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
-from pathlib import Path
 
 from .cases import cases_for
 from .crop_cases import crop_cases_for
@@ -25,26 +24,9 @@ from .tables import (
     speed,
 )
 
-BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
+SECTION = "benchmark table"
 _MOST_LINES = 14  # of more cases only the quick set is shown
 _OURS = "finegrain_ops"
-
-
-def replace_between_markers(text: str, tables: str) -> str:
-    """`text` with `tables` between its markers, and otherwise as it was.
-
-    Raises:
-        ValueError: the markers are not there exactly once, in order.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected exactly one {BEGIN} and after it one {END}")
-    before, _, rest = text.partition(BEGIN)
-    after = rest.partition(END)[2]
-    return f"{before}{BEGIN}\n{tables.strip()}\n{END}{after}"
-
-
-def update_readme(readme: Path, tables: str) -> None:
-    readme.write_text(replace_between_markers(readme.read_text("utf-8"), tables), "utf-8")
 
 
 def markdown(rows: list[dict], images: dict[str, str] | None = None) -> str:

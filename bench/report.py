@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .markdown import markdown, update_readme
+from .markdown import SECTION, markdown
+from .markers import update
 from .results import RESULTS, load, newest
 from .tables import print_tables
 
@@ -32,9 +33,8 @@ def main(arguments: list[str] | None = None) -> None:
     plots = [_plots(rows, options.plots) for rows in groups]
     if options.readme:
         beside = options.readme.resolve().parent
-        update_readme(
-            options.readme, "\n".join(markdown(rows, _addresses(p, beside)) for rows, p in zip(groups, plots))
-        )
+        tables = "\n".join(markdown(rows, _addresses(p, beside)) for rows, p in zip(groups, plots))
+        update(options.readme, SECTION, tables)
     if options.markdown:
         print("\n".join(markdown(rows) for rows in groups))
     elif not (options.readme or options.plots):

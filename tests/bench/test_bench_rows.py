@@ -14,13 +14,15 @@ import torch
 from bench import report
 from bench.cases import SIZES, AttentionCase, cache, causal, llava_read_out, masked, packed
 from bench.ceilings import Ceilings
-from bench.markdown import BEGIN, END, markdown, replace_between_markers
+from bench.markdown import SECTION, markdown
+from bench.markers import markers, replace_between
 from bench.operations import ATTENTION_OPERATIONS, BACKWARD, DECODE, FORWARD, MASKED, OPERATIONS, PACKED, READ_OUT
 from bench.peers import SDPA_EFFICIENT_MASK, base_peer, ours, ours_unbiased, peers_for
 from bench.results import RESULTS, RowStore, load, newest, not_run_row, time_rows
 from bench.tables import as_text
 
 ROOT = Path(__file__).resolve().parents[2]
+BEGIN, END = markers(SECTION)
 OURS, UNBIASED, FLASH, EAGER = "finegrain_ops triton", ours_unbiased("triton"), "SDPA flash unbiased", "eager"
 MACHINE = {
     "device": "cuda",
@@ -208,13 +210,13 @@ def test_of_many_cases_the_readme_shows_the_quick_ones() -> None:
 def test_only_what_is_between_the_markers_changes() -> None:
     before, after = "# Title\n\ntext  \n", "\n\nmore | text\n\n"
     text = f"{before}{BEGIN}\nold\n{END}{after}"
-    assert replace_between_markers(text, "new\n") == f"{before}{BEGIN}\nnew\n{END}{after}"
+    assert replace_between(text, SECTION, "new\n") == f"{before}{BEGIN}\nnew\n{END}{after}"
 
 
 @pytest.mark.parametrize("text", ["no markers", BEGIN, END + BEGIN, BEGIN + END + BEGIN + END])
 def test_a_readme_without_its_markers_is_left_alone(text: str) -> None:
     with pytest.raises(ValueError, match="exactly one"):
-        replace_between_markers(text, "new")
+        replace_between(text, SECTION, "new")
 
 
 def test_the_report_writes_plots_and_shows_them_in_the_readme(tmp_path: Path) -> None:

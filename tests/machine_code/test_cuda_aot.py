@@ -21,6 +21,7 @@ from bench.cuda_aot_table import (
     tile_text,
 )
 from bench.cuda_machine_code import CudaCode
+from bench.markers import markers
 from finegrain_ops.backends.cuda.variants import Variant, all_variants
 
 HALF = Variant("attention_forward", "half_t", 128, 80)
@@ -233,15 +234,14 @@ def test_markdown(tmp_path: Path) -> None:
     assert f"128, {shared:.1f}, {GOOD.warps}/64, 7 spills" in cuda_aot_markdown.markdown(CudaTable(spilling))
 
     document = tmp_path / "cuda.md"
-    document.write_text(f"before\n{cuda_aot_markdown.BEGIN}\nstale\n{cuda_aot_markdown.END}\nafter\n")
+    begin, end = markers(cuda_aot_markdown.SECTION)
+    document.write_text(f"before\n{begin}\nstale\n{end}\nafter\n")
     cuda_aot_markdown.update(table, document)
     written = document.read_text()
     assert written.startswith("before\n")
     assert written.endswith("after\n")
     assert text in written
     assert "stale" not in written
-    with pytest.raises(ValueError, match="exactly one"):
-        cuda_aot_markdown.replace_between_markers("nothing", text)
 
 
 def test_the_sample() -> None:
