@@ -1,0 +1,229 @@
+"""One training from random weights to a checkpoint: the tower first (dense.py), then all of it (packing.py).
+
+Each step draws its batch from a generator of its own, seeded with the run's seed and the step. So a run that was killed
+goes on as if nothing had been, from the last state that it stored.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..model import WIDTH, new_model
+from .dense import DenseHead, dense_batch
+from .packing import IGNORED, Packer, pixel_values
+from .rendered import RenderedScenes
+
+STATE = "state.pt"
+
+# Of a batch drawn with a generator: what to minimise, and what to show.
+_Loss: TypeAlias = Callable[[np.random.Generator], tuple[Tensor, Mapping[str, float]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One half of the training.
+
+    Attributes:
+        batch: rows of a step.
+        lr: the highest; it rises over `warmup` steps and falls along a cosine to `final` of it.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: int
+    final: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run is: two with the same settings make the same checkpoint, up to the machine's rounding.
+
+    Attributes:
+        num_scenes: of the training split, which are seen again and again, with other questions.
+        share_of_crops: of the steps of the second half, those about crops alone.
+        tower_lr: of the vision tower in the second half, as a share of the rest's.
+        bfloat16: compute in it where that is safe; weights are float32.
+    """
+
+    seed: int = 0
+    num_scenes: int = 24_000
+    tower: Stage = field(default=Stage(steps=2400, batch=64, lr=1e-3, warmup=100, final=0.05))
+    language: Stage = field(default=Stage(steps=6600, batch=16, lr=1e-3, warmup=200, final=0.02))
+    share_of_crops: float = 0.06
+    tower_lr: float = 0.3
+    bfloat16: bool = True
+
+    @property
+    def stages(self) -> dict[str, Stage]:
+        return {"tower": self.tower, "language": self.language}
+
+
+class Run:
+    """A training in a folder, which it goes on with where there is one already.
+
+    Args:
+        folder: for rendered scenes and the state.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Settings, *, workers: int = 2) -> None:
+        self.settings = settings
+        self.history: list[dict[str, Any]] = []
+        self.seconds = 0.0  # spent in steps, before and after interruptions
+        self._path = folder / STATE
+        self._done = {"tower": 0, "language": 0}
+        self._workers = workers
+        self._folder = folder
+        self.model: Any = new_model(settings.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            self._head = DenseHead(WIDTH)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._saved_optimizer: Any = None
+        if self._path.exists():
+            self._load()
+
+    @property
+    def is_finished(self) -> bool:
+        return all(self._done[name] == stage.steps for name, stage in self.settings.stages.items())
+
+    def train(self, seconds_between_states: float = 60.0) -> Iterator[tuple[str, int]]:
+        """Takes every step that is left; yields the stage and how many of its steps are done after each."""
+        if self.is_finished:
+            return
+        data = RenderedScenes(self._folder, "train", self.settings.num_scenes, self._workers)
+        packer = Packer()
+        losses: dict[str, _Loss] = {
+            "tower": lambda rng: self._tower_loss(data, rng),
+            "language": lambda rng: self._language_loss(data, packer, rng),
+        }
+        last_saved = time.monotonic()
+        self.model.train()
+        for index, (name, stage) in enumerate(self.settings.stages.items()):
+            if self._done[name] == stage.steps:
+                continue
+            self._optimizer = self._new_optimizer(name)
+            bar = tqdm(total=stage.steps, initial=self._done[name], desc=name, unit="step")
+            with bar:
+                while self._done[name] < stage.steps:
+                    start = time.perf_counter()
+                    rng = np.random.default_rng((self.settings.seed, index, self._done[name]))
+                    facts = self._step(stage, self._done[name], losses[name], rng)
+                    self._done[name] += 1
+                    self.seconds += time.perf_counter() - start
+                    self.history.append({"stage": name, "step": self._done[name], "seconds": self.seconds, **facts})
+                    bar.update()
+                    bar.set_postfix({key: f"{value:.3g}" for key, value in facts.items()})
+                    is_last = self._done[name] == stage.steps
+                    if is_last or time.monotonic() - last_saved > seconds_between_states:
+                        self.save()
+                        last_saved = time.monotonic()
+                    yield name, self._done[name]
+
+    def save(self) -> None:
+        """Stores the state, whole or not at all."""
+        state = {
+            "settings": json.dumps(asdict(self.settings)),
+            "done": self._done,
+            "seconds": self.seconds,
+            "history": json.dumps(self.history),
+            "model": self.model.state_dict(),
+            "head": self._head.state_dict(),
+            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._path.with_suffix(".unfinished")
+        torch.save(state, unfinished)
+        unfinished.replace(self._path)
+
+    # --- how ---
+
+    def _load(self) -> None:
+        state = torch.load(self._path, weights_only=True)
+        if state["settings"] != json.dumps(asdict(self.settings)):
+            raise ValueError(
+                f"folder: expected a run with these settings in {self._path}, got one with {state['settings']}; choose "
+                "another folder, or remove the file to begin anew"
+            )
+        self._done, self.seconds = state["done"], state["seconds"]
+        self.history = json.loads(state["history"])
+        self.model.load_state_dict(state["model"])
+        self._head.load_state_dict(state["head"])
+        self._saved_optimizer = state["optimizer"]
+
+    def _new_optimizer(self, stage: str) -> torch.optim.Optimizer:
+        """AdamW; in the middle of a stage, as it was."""
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        named = [*self.model.named_parameters()]
+        if stage == "tower":
+            named = [(name, weight) for name, weight in named if "vision_tower" in name]
+            named += self._head.named_parameters()
+        for name, weight in named:
+            decay = 0.05 if weight.ndim > 1 and "embed" not in name else 0.0
+            share = self.settings.tower_lr if stage == "language" and "vision_tower" in name else 1.0
+            groups.setdefault((decay, share), []).append(weight)
+        optimizer = torch.optim.AdamW(
+            [{"params": of, "weight_decay": decay, "share": share} for (decay, share), of in groups.items()],
+            betas=(0.9, 0.98),
+        )
+        if self._done[stage] and self._saved_optimizer is not None:
+            optimizer.load_state_dict(self._saved_optimizer)
+        return optimizer
+
+    def _step(self, stage: Stage, step: int, loss_of: _Loss, rng: np.random.Generator) -> dict[str, float]:
+        assert self._optimizer is not None
+        lr = stage.lr * _schedule(step, stage)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group["share"]
+        self._optimizer.zero_grad(set_to_none=True)
+        loss, facts = loss_of(rng)
+        loss.backward()
+        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        self._optimizer.step()
+        return {"loss": float(loss.detach()), "lr": lr, **facts}
+
+    def _tower_loss(self, data: RenderedScenes, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
+        batch = dense_batch(data, rng, self.settings.tower.batch, share_of_sheets=0.5)
+        tower = self.model.model.vision_tower
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
+            features = tower(pixel_values(batch.images)).last_hidden_state[:, 1:]
+        return self._head.loss(features.float(), batch.labels)
+
+    def _language_loss(
+        self, data: RenderedScenes, packer: Packer, rng: np.random.Generator
+    ) -> tuple[Tensor, Mapping[str, float]]:
+        size = self.settings.language.batch
+        if rng.random() < self.settings.share_of_crops:
+            batch = packer.crops(data, np.sort(rng.choice(len(data), 2 * size, replace=False)).tolist(), rng)
+        else:
+            batch = packer.scenes(data, np.sort(rng.choice(len(data), size, replace=False)).tolist(), rng)
+        targets = batch.labels[:, 1:]
+        is_learnt = targets != IGNORED
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
+            states = self.model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
+            logits = self.model.lm_head(states[is_learnt])
+        targets = targets[is_learnt]
+        right = (logits.argmax(-1) == targets).float().mean()
+        return F.cross_entropy(logits.float(), targets), {"right": float(right)}
+
+
+def _schedule(step: int, stage: Stage) -> float:
+    rising = min(1.0, (step + 1) / stage.warmup)
+    falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    return rising * (stage.final + (1 - stage.final) * falling)
