@@ -2,8 +2,9 @@
 
 At every choice only tokens that go on with a box of the grammar are compared. What has no alternative is not asked for:
 it is run together with the choice before it (jump-forward), and so is a guess at a number's leading zero, which the
-same run confirms or takes back. Greedy. Where all is spelled out in single characters, the box is the one that the
-model would write if it were asked token by token, `jump_forward=False`.
+same run confirms or takes back. Forced characters are a choice all the same where a token reaches beyond them, as
+"0.41" does where every number begins with "0.". Greedy. Where all is spelled out in single characters, or every number
+is a token, the box is the one that the model would write if it were asked token by token, `jump_forward=False`.
 """
 
 from __future__ import annotations
@@ -146,13 +147,15 @@ class BoxSpeaker:
         """Says what is forced, and guesses what then comes."""
         if not self._jump_forward:
             return
-        for option in self._vocabulary.options_of(row.state, row.text, row.state.forced()[0]):
+        for option in self._vocabulary.sure(row.state, row.text, row.state.forced()[0]):
             row.say(option)
         state, text = row.state, row.text
         while likely := state.likely():
             after = state.after(likely)
             assert after is not None
-            options = self._vocabulary.options_of(state, text, likely + after.forced()[0])
+            options = self._vocabulary.sure(state, text, likely + after.forced()[0])
+            if not options:
+                break
             row.guess += options
             state, text = options[-1].after, text + "".join(option.text for option in options)
 
@@ -171,16 +174,15 @@ class BoxSpeaker:
             questions.append(_Question(i, k - row.num_run - 1, [Option(row.said[k], "", row.state)]))
         state, text = row.state, row.text
         for k, option in enumerate(row.guess):
-            is_forced = len(state.next_characters()) == 1
-            questions.append(_Question(i, num_sure - 1 + k, [option] if is_forced else self._options(state, text)))
+            questions.append(_Question(i, num_sure - 1 + k, self._options(state, text)))
             state, text = option.after, text + option.text
         if not row.is_guess_complete:
             questions.append(_Question(i, num_sure - 1 + len(row.guess), self._options(state, text)))
         return questions
 
     def _options(self, state: BoxState, text: str) -> Sequence[Option]:
-        forced, _ = state.forced()
-        return self._vocabulary.options_of(state, text, forced)[:1] if forced else self._vocabulary.allowed(state)
+        """Of which tokens the next one is: one where there is no choice."""
+        return self._vocabulary.sure(state, text, state.forced()[0])[:1] or self._vocabulary.allowed(state)
 
     def _replies(self, tree: PromptTree, states: Tensor, questions: Sequence[_Question]) -> list[_Reply]:
         """states (B, n, hidden). Asks the device once for all."""

@@ -52,6 +52,18 @@ class BoxVocabulary:
         pairs = (pair for first in state.next_characters() for pair in self._by_first.get(first, ()))
         return tuple(Option(token, text, after) for token, text in pairs if (after := state.after(text)) is not None)
 
+    def sure(self, state: BoxState, before: str, text: str) -> list[Option]:
+        """Of the tokens of `text`, which `state` allows, after the text `before`: those up to where a token reaches
+        from `text` into what follows. Where "0." is forced and "0.41" is a token, that is none at all.
+        """
+        options = []
+        for option in self.options_of(state, before, text):
+            if any(len(token_text) > len(text) for _, token_text, _ in self.allowed(state)):
+                break
+            options.append(option)
+            state, text = option.after, text[len(option.text) :]
+        return options
+
     def options_of(self, state: BoxState, before: str, text: str) -> list[Option]:
         """The tokens of `text`, which `state` allows, after the text `before`."""
         options = []
