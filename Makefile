@@ -1,8 +1,11 @@
-# make demo          see attention move to a region of a photograph (writes demo.png)
+# make demo          ask a small trained model about a picture: plainly, with CoF, with DualFocus (writes demo.png)
 # make test          all tests, against the newest transformers 5 and against 4.57, and make aot
 # make aot           compile every shipped kernel configuration for sm_80 and sm_90, without a GPU: no spills, and no
 #                    worse than bench/results/machine-code.json (AOT_FLAGS=--accept writes it, --show prints it); the
 #                    same for the CUDA C++ kernels from sm_70 on, with CUDA_AOT_FLAGS and cuda-machine-code.json
+# make eval          what the methods do to the answers of the small model, on held-out pictures, in a quarter of an hour;
+#                    tables and plots in bench/results/quality/
+# make train         the small model from nothing, in about an hour on two cores; killed, the same command goes on
 # make bench         the benchmarks of bench/, side by side in one run
 # make bench-report  the tables and plots of the stored rows, in the README and docs/benchmarks/
 # make lint          ruff, mypy and clang-format
@@ -18,6 +21,8 @@ VENV4 ?= .venv-transformers4
 LMMS_EVAL ?= .venv-lmms-eval
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 DEMO_FLAGS ?=
+EVAL_FLAGS ?= --readme README.md
+TRAIN_FLAGS ?= --output finegrain_ops/tiny_llava/weights
 TEST_FLAGS ?=
 WORKERS ?= --numprocesses 2 --dist worksteal
 AOT_FLAGS ?=
@@ -30,17 +35,23 @@ dev_ready := $(VENV)/.dev-ready
 test4_ready := $(VENV4)/.test-ready
 lmms_eval_ready := $(LMMS_EVAL)/.ready
 
-.PHONY: demo test test-slow aot bench bench-report gpu lint clean
+.PHONY: demo eval train test test-slow aot bench bench-report gpu lint clean
 
 demo: $(demo_ready)
 	$(VENV)/bin/python -m finegrain_ops demo $(DEMO_FLAGS)
+
+eval: $(demo_ready)
+	$(VENV)/bin/python -m bench.quality $(EVAL_FLAGS)
+
+train: $(demo_ready)
+	$(VENV)/bin/python -m finegrain_ops.tiny_llava.training $(TRAIN_FLAGS)
 
 # The Triton kernels run in the interpreter, which must be chosen before they are imported: a process of their own.
 # lmms-eval has an environment of its own, so that the other tests run without it, as users do.
 test: $(test_ready) $(test4_ready) $(lmms_eval_ready)
 	$(VENV)/bin/python -m pytest $(WORKERS) $(TEST_FLAGS)
 	TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m triton $(TEST_FLAGS)
-	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations tests/methods tests/training $(TEST_FLAGS)
+	$(VENV4)/bin/python -m pytest $(WORKERS) tests/integrations tests/methods tests/tiny_llava tests/training $(TEST_FLAGS)
 	$(LMMS_EVAL)/bin/python -m pytest tests/integrations/test_lmms_eval.py $(TEST_FLAGS)
 	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
 	$(VENV)/bin/python -m bench.cuda_aot $(CUDA_AOT_FLAGS)
@@ -103,4 +114,4 @@ $(lmms_eval_ready): constraints/lmms_eval.txt $(test_ready)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV4) $(LMMS_EVAL) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png
+	rm -rf $(VENV) $(VENV4) $(LMMS_EVAL) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo.png demo-photograph.png

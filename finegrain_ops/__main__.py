@@ -11,7 +11,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m finegrain_ops", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices, and for every backend whether it can run here and why not")
-    demo_parser = commands.add_parser("demo", help="move a LLaVA's attention to a region of a photograph")
+    demo_parser = commands.add_parser(
+        "demo", help="a small LLaVA answers plainly, through CoF and through DualFocus; attention moves on a photograph"
+    )
 
     from . import demo
 

@@ -32,6 +32,7 @@ def attention_overlay(
     map: Map | Sequence[Map] | Mapping[str, Map | None],
     boxes: Sequence[Any] | Tensor = (),
     *,
+    dashed: Sequence[Any] | Tensor = (),
     normalize: Literal["sum", "max"] | None = "sum",
     smooth: bool = False,
     colormap: str = "viridis",
@@ -51,8 +52,10 @@ def attention_overlay(
     Args:
         image: a PIL image; a uint8 array (H, W, 3), or grey (H, W); or a tensor (3, H, W), uint8, or float in 0..1.
         map: an `ImageMap` (handle.image_maps), or a 2-D tensor or array that covers the whole image. Several side by
-            side, on one colour scale: a list, or {title: map}, where None stands for the image alone.
+            side, on one colour scale: a list, or {title: map}, where None stands for the image alone, and a PIL image
+            for another picture, such as a crop, that gets neither map nor boxes.
         boxes: (x0, y0, x1, y1) in pixels of the image, clipped to it; a single one need not be wrapped.
+        dashed: further ones, whose outline is dashed.
         normalize: "sum": each map's values add up to 1 (over all its tokens, those that show padding too); "max": each
             map's largest is 1; None: values as they are. 0 is always on the colour scale.
         smooth: interpolate between the tokens (bicubic), as heat maps often are; otherwise every token is a rectangle
@@ -81,24 +84,26 @@ def attention_overlay(
         raise ValueError(f"alpha: expected a number in 0..1, got {alpha}")
     if require_number(panel_width, "panel_width", what="a number of inches above 0") <= 0.0:
         raise ValueError(f"panel_width: expected a number of inches above 0, got {panel_width}")
-    clipped = _clipped(boxes, size)
-    panels = [
-        (heading, None if panel is None else _normalized(_image_map(panel, size, name), normalize, name))
-        for heading, panel, name in _panels(map)
-    ]
-    drawn = [panel.values.flatten() for _, panel in panels if panel is not None]
+    outlines = [(box, "solid") for box in _clipped(boxes, size, "boxes")]
+    outlines += [(box, "dashed") for box in _clipped(dashed, size, "dashed")]
+    panels = [(heading, _panel(panel, size, normalize, name)) for heading, panel, name in _panels(map)]
+    drawn = [panel.values.flatten() for _, panel in panels if isinstance(panel, ImageMap)]
     every = torch.cat([torch.zeros(1, dtype=torch.float64), *drawn])  # 0 is always on the scale
     lowest, highest = float(every.min()), float(every.max())
     if lowest == highest:  # all values are 0; matplotlib would draw them as the middle of a scale of its own
         highest = 1.0
 
     height = panel_width * min(max(size[0] / size[1], 0.25), 2.0)  # an image beyond 1 : 2 or 4 : 1 gets margins
-    height += 0.3 * any(heading for heading, _ in panels) + 0.4 * (title is not None)
+    height += 0.3 * max(len(heading.splitlines()) if heading else 0 for heading, _ in panels)
+    height += 0.4 * (title is not None)
     figure = Figure(figsize=(panel_width * len(panels) + 1.0 * bool(drawn), height), layout="constrained")
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (heading, panel) in zip(all_axes, panels):
-        _draw(axes, pixels, clipped, heading)
-        if panel is not None:
+        if _is_picture(panel):
+            _draw(axes, _pixels(panel), [], heading)
+            continue
+        _draw(axes, pixels, outlines, heading)
+        if isinstance(panel, ImageMap):
             x0, y0, x1, y1 = panel.extent
             shown = axes.imshow(
                 panel.values.numpy(),
@@ -119,15 +124,15 @@ def attention_overlay(
     return figure
 
 
-def _draw(axes: Axes, pixels: np.ndarray, boxes: Sequence[Box], heading: str | None) -> None:
-    """The image, pixel (row r, column c) on [c, c+1] x [r, r+1], and its boxes."""
+def _draw(axes: Axes, pixels: np.ndarray, outlines: Sequence[tuple[Box, str]], heading: str | None) -> None:
+    """The image, pixel (row r, column c) on [c, c+1] x [r, r+1], and its boxes, each with the style of its line."""
     height, width = pixels.shape[:2]
     axes.imshow(pixels, extent=(0, width, height, 0))
     axes.set_axis_off()
     if heading is not None:
         axes.set_title(heading, parse_math=False)
-    for x0, y0, x1, y1 in boxes:
-        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=2))
+    for (x0, y0, x1, y1), style in outlines:
+        axes.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor="red", linewidth=2, linestyle=style))
 
 
 def _panels(maps: Any) -> list[tuple[str | None, Any, str]]:
@@ -140,6 +145,13 @@ def _panels(maps: Any) -> list[tuple[str | None, Any, str]]:
     if not panels:
         raise ValueError("map: expected at least one map, got none")
     return panels
+
+
+def _panel(value: Any, image_size: tuple[int, int], normalize: str | None, name: str) -> Any:
+    """An ImageMap, normalised; None, or a PIL image, as it is."""
+    if value is None or _is_picture(value):
+        return value
+    return _normalized(_image_map(value, image_size, name), normalize, name)
 
 
 def _image_map(value: Any, image_size: tuple[int, int], name: str) -> ImageMap:
@@ -174,7 +186,7 @@ def _normalized(panel: ImageMap, normalize: str | None, name: str) -> ImageMap:
 
 def _pixels(image: Any) -> np.ndarray:
     """(H, W, 3) uint8."""
-    if hasattr(image, "convert") and hasattr(image, "getpixel"):  # a PIL image
+    if _is_picture(image):
         return np.asarray(image.convert("RGB"))
     if isinstance(image, Tensor):
         if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
@@ -200,7 +212,12 @@ def _pixels(image: Any) -> np.ndarray:
     return image
 
 
-def _clipped(boxes: Any, image_size: tuple[int, int]) -> list[Box]:
+def _is_picture(value: Any) -> bool:
+    """A PIL image; Pillow need not be installed."""
+    return hasattr(value, "convert") and hasattr(value, "getpixel")
+
+
+def _clipped(boxes: Any, image_size: tuple[int, int], name: str) -> list[Box]:
     if isinstance(boxes, (str, bytes)) or not hasattr(boxes, "__len__"):
-        raise TypeError(f"boxes: expected a list of (x0, y0, x1, y1), got {describe(boxes)}")
-    return clip_boxes_of_image(boxes, image_size, "boxes")
+        raise TypeError(f"{name}: expected a list of (x0, y0, x1, y1), got {describe(boxes)}")
+    return clip_boxes_of_image(boxes, image_size, name)

@@ -136,6 +136,39 @@ def test_boxes_are_clipped_to_the_image_and_may_come_in_any_form(boxes) -> None:
     assert [p.get_bbox().extents.tolist() for p in figure.axes[0].patches] == [[10, 20, 90, 50]]
 
 
+def test_further_boxes_are_dashed() -> None:
+    box, around = (30.0, 20.0, 50.0, 40.0), (10.0, 5.0, 80.0, 65.0)  # the second reaches beyond the image
+    figure = attention_overlay(black(60, 90), torch.zeros(2, 2), box, normalize=None, colormap="gray", dashed=around)
+    assert [(p.get_linestyle(), p.get_bbox().extents.tolist()) for p in figure.axes[0].patches] == [
+        ("solid", [30, 20, 50, 40]),
+        ("dashed", [10, 5, 80, 60]),
+    ]
+    at = Rendered(figure)
+    edges = {x: [bool(np.abs(at(x, y) - RED).max() < 60) for y in np.linspace(22, 38, 80)] for x in (30, 10)}
+    assert all(edges[30])
+    assert 0.3 < np.mean(edges[10]) < 0.9
+
+
+def test_a_picture_of_its_own_gets_neither_map_nor_boxes_nor_the_images_size() -> None:
+    crop = Image.new("RGB", (20, 40), (0, 0, 255))
+    maps = {"image": None, "map": torch.ones(2, 2), "crop": crop}
+    figure = attention_overlay(black(60, 90), maps, [(0, 0, 80, 55)], dashed=[(5, 5, 15, 15)], colormap="gray")
+    assert [len(axes.images) for axes in figure.axes[:3]] == [1, 2, 1]
+    assert [len(axes.patches) for axes in figure.axes[:3]] == [2, 2, 0]
+    assert [axes.get_title() for axes in figure.axes[:3]] == ["image", "map", "crop"]
+    assert [figure.axes[2].get_xlim(), figure.axes[2].get_ylim()] == [(0, 20), (40, 0)]
+    for x, y in ((1, 1), (19, 1), (1, 39), (19, 39), (5, 5), (15, 10)):
+        assert_colour(Rendered(figure, 2)(x, y), (0, 0, 255))
+
+
+def test_every_line_of_the_titles_gets_room() -> None:
+    heights = [
+        attention_overlay(black(60, 90), {title: torch.ones(2, 2), "b": None}).get_figheight()
+        for title in ("one", "one\ntwo", "one\ntwo\nthree")
+    ]
+    assert np.diff(heights) == pytest.approx([0.3, 0.3])
+
+
 def colours_of(figure, panel: int, points: list[tuple[float, float]]) -> list[np.ndarray]:
     at = Rendered(figure, panel)
     return [at(x, y) for x, y in points]
@@ -247,6 +280,8 @@ BAD = {
     "panel_width": ({"panel_width": 0}, ValueError, "panel_width: expected a number of inches above 0"),
     "box outside": ({"boxes": [(0, 0, 9, 9), (95, 0, 99, 9)]}, ValueError, "boxes[1]: expected a box that overlaps"),
     "box inverted": ({"boxes": (9, 0, 0, 9)}, ValueError, "boxes: expected finite x0 < x1"),
+    "dashed outside": ({"dashed": [(95, 0, 99, 9)]}, ValueError, "dashed[0]: expected a box that overlaps"),
+    "dashed of text": ({"dashed": "0 0 9 9"}, TypeError, "dashed: expected a list of (x0, y0, x1, y1)"),
     "boxes of text": ({"boxes": "0 0 9 9"}, TypeError, "boxes: expected a list of (x0, y0, x1, y1)"),
 }
 

@@ -7,11 +7,7 @@ trained model.
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
-
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPVisionConfig,
@@ -21,6 +17,8 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
+
+from ..tiny_llava.tokenizer import clip_image_processor_class
 
 _IMAGE_SIDE, _PATCH = 336, 14
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
@@ -155,19 +153,9 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, side: int = _IMAGE_SIDE) 
     """LLaVA-1.5's, of images of `side` pixels, with another tokenizer."""
     crop_size = {"height": side, "width": side}
     return LlavaProcessor(
-        image_processor=_pillow_clip_processor()(size={"shortest_edge": side}, crop_size=crop_size),
+        image_processor=clip_image_processor_class()(size={"shortest_edge": side}, crop_size=crop_size),
         tokenizer=tokenizer,
         patch_size=_PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-
-
-def _pillow_clip_processor() -> Any:
-    """CLIP's image processor on Pillow, which later versions of transformers keep under a name of its own (the other
-    wants torchvision).
-    """
-    try:
-        return importlib.import_module("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil
-    except ModuleNotFoundError:
-        return transformers.CLIPImageProcessor

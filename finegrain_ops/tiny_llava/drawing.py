@@ -65,8 +65,8 @@ def draw_card(
     letter: str,
     dot: RGB,
     specks: Sequence[RGB],
-) -> None:
-    """A shape in its box, with a letter on one side and a dot on the other.
+) -> tuple[Box, Box]:
+    """A shape in its box, with a letter on one side and a dot on the other, whose boxes are returned.
 
     Args:
         canvas: Pillow's ImageDraw of the image.
@@ -82,10 +82,12 @@ def draw_card(
     direction = 1 if rng.random() < 0.5 else -1
     places = [0.5 - direction * (0.14 + 0.03 * rng.random()), 0.5 + direction * (0.14 + 0.03 * rng.random())]
     heights = [_MIDDLE[shape] + rng.uniform(-0.06, 0.06) for _ in range(2)]
-    _draw_disc(canvas, x0 + places[1] * side, y0 + heights[1] * side, DOT * side, dot)
+    dot_box = _draw_disc(canvas, x0 + places[1] * side, y0 + heights[1] * side, DOT * side, dot)
     glyph = glyph_mask(letter, max(6, round(GLYPH * side)))
     corner = (x0 + places[0] * side - glyph.width / 2, y0 + heights[0] * side - glyph.height / 2)
-    image.paste(ink_on(paint), (round(corner[0]), round(corner[1])), glyph)
+    left, top = (round(edge) for edge in corner)
+    image.paste(ink_on(paint), (left, top), glyph)
+    return (float(left), float(top), float(left + glyph.width), float(top + glyph.height)), dot_box
 
 
 def ink_on(paint: RGB) -> RGB:
@@ -127,6 +129,8 @@ def _draw_shape(canvas: Any, box: Box, shape: str, paint: RGB) -> None:
         canvas.rectangle((x0 + low, y0, x0 + high, y1), fill=paint)
 
 
-def _draw_disc(canvas: Any, x: float, y: float, diameter: float, colour: RGB) -> None:
+def _draw_disc(canvas: Any, x: float, y: float, diameter: float, colour: RGB) -> Box:
     radius = diameter / 2
-    canvas.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    box = (x - radius, y - radius, x + radius, y + radius)
+    canvas.ellipse(box, fill=colour)
+    return box

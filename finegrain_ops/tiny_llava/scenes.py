@@ -75,6 +75,8 @@ class Card:
     letter: str
     dot: str  # the colour of its dot
     box: Box
+    letter_box: Box
+    dot_box: Box
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -124,10 +126,10 @@ def draw_scene(seed: int, difficulty: Difficulty = PLAIN) -> Scene:
         letter = LETTERS[int(rng.integers(len(LETTERS)))]
         dot = _other(rng, names, colour)
         x0, y0, x1, y1 = (float(edge * side) for edge in fractions)
-        card = Card(colour, shape, letter, dot, (x0, y0, x1, y1))
+        box = (x0, y0, x1, y1)
         paint = _paint(rng, COLOURS[colour], COLOURS[_other(rng, names, colour)], difficulty)
-        draw_card(rng, image, canvas, card.box, shape, paint, letter, COLOURS[dot], list(COLOURS.values()))
-        cards.append(card)
+        drawn = draw_card(rng, image, canvas, box, shape, paint, letter, COLOURS[dot], list(COLOURS.values()))
+        cards.append(Card(colour, shape, letter, dot, box, *drawn))
     return Scene(seed, tuple(cards), draw_noise(rng, image, difficulty.noise))
 
 

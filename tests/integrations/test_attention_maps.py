@@ -25,6 +25,7 @@ from finegrain_ops.families import ImageGrid
 from finegrain_ops.geometry import AxisMap, PixelMap
 from finegrain_ops.integrations.image_maps import image_map
 from finegrain_ops.plot import attention_overlay
+from finegrain_ops.tiny_llava.tokenizer import clip_image_processor_class
 from tiny_llava import IMAGE_TOKEN, make_bias, make_inputs, make_model
 
 LAYERS, HEADS, LENGTH = 3, 4, 23
@@ -311,7 +312,7 @@ def small_processor(do_pad: bool):
     """24 x 24 pixels, 4 x 4 tokens: a centre crop, or a square around the image."""
     side = {"height": 24, "width": 24}
     if not do_pad:
-        image_processor = random_llava._pillow_clip_processor()(size={"shortest_edge": 24}, crop_size=side)
+        image_processor = clip_image_processor_class()(size={"shortest_edge": 24}, crop_size=side)
     else:
         try:
             from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil as OnPillow

@@ -14,6 +14,7 @@ from PIL import Image
 import finegrain_ops
 from finegrain_ops.demo import random_llava
 from finegrain_ops.integrations.llava import pixel_map
+from finegrain_ops.tiny_llava.tokenizer import clip_image_processor_class
 
 PATCH = 14
 
@@ -27,7 +28,7 @@ def with_preprocessing(processor, name: str):
     """The two preprocessings of LLaVA-1.5, by transformers' own image processors."""
     side = {"height": 336, "width": 336}
     if name == "centre crop":
-        image_processor = random_llava._pillow_clip_processor()(size={"shortest_edge": 336}, crop_size=side)
+        image_processor = clip_image_processor_class()(size={"shortest_edge": 336}, crop_size=side)
     else:
         try:
             from transformers.models.llava.image_processing_pil_llava import (

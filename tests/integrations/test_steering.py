@@ -15,7 +15,7 @@ from transformers.masking_utils import eager_mask
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import finegrain_ops
-from finegrain_ops.demo import random_llava
+from finegrain_ops.tiny_llava.tokenizer import clip_image_processor_class
 from tiny_llava import IMAGE_TOKEN, make_inputs, make_model
 
 LAYERS, HEADS, LENGTH = 3, 4, 23
@@ -73,9 +73,7 @@ def model():
 def processor():
     """What tells the geometry: resized to 24 pixels, which are 4 x 4 tokens."""
     side = {"height": 24, "width": 24}
-    return SimpleNamespace(
-        image_processor=random_llava._pillow_clip_processor()(size={"shortest_edge": 24}, crop_size=side)
-    )
+    return SimpleNamespace(image_processor=clip_image_processor_class()(size={"shortest_edge": 24}, crop_size=side))
 
 
 @pytest.fixture

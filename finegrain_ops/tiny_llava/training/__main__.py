@@ -19,7 +19,7 @@ from .curve import plot_curve
 from .loop import Run, Settings
 from .validation import validate
 
-_VALIDATE_EVERY = 1100  # steps of the second half
+_VALIDATE_EVERY = 1200  # steps of the stages in which the model talks
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     run = Run(options.folder, Settings(seed=options.seed, bfloat16=not options.float32), workers=options.threads)
     processor = make_processor(make_tokenizer())
     for stage, step in run.train():
-        if stage == "language" and step % _VALIDATE_EVERY == 0 and not run.is_finished:
-            show(validate(run.model, processor, 64), f"after {step} steps, {run.seconds / 60:.1f} minutes")
+        if stage != "tower" and step % _VALIDATE_EVERY == 0 and not run.is_finished:
+            show(validate(run.model, processor, 64), f"{stage}: after {step} steps, {run.seconds / 60:.1f} minutes")
     accuracy = validate(run.model, processor, 400)
     show(accuracy, f"trained in {run.seconds / 60:.1f} minutes of steps")
     output = options.output or options.folder / "checkpoint"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_PARTS = {"tower": ("colour", "shape", "letter", "dot"), "language": ("right",)}
+_PARTS = {"tower": ("colour", "shape", "letter", "dot"), "language": ("right",), "details": ("right", "letter", "dot")}
 _SMOOTHED_OVER = 50  # steps
 
 
@@ -21,7 +21,7 @@ def plot_curve(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, (losses, shares) = plt.subplots(2, 1, sharex=True, figsize=(8, 6), layout="constrained")
     for stage, parts in _PARTS.items():
         rows = [row for row in history if row["stage"] == stage]
-        for axes, names in ((losses, ("loss",)), (shares, parts)):
+        for axes, names in ((losses, ("loss", "dense")), (shares, parts)):
             for name in names:
                 points = [(row["seconds"] / 60, row[name]) for row in rows if name in row]
                 if points:

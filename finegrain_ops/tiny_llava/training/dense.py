@@ -29,6 +29,7 @@ _PARTS = ("colour", "shape", "letter", "dot")
 _EDGES = 4
 _EDGE_WEIGHT, _EDGE_BETA = 10.0, 0.02
 _CELLS = 4  # of a sheet, per side
+_SHOWN = 0.2  # share of a letter or dot that a patch must hold to be labelled with it
 
 
 class DenseBatch(NamedTuple):
@@ -61,16 +62,22 @@ class DenseHead(nn.Linear):
         return torch.stack(losses).sum(), right
 
 
-def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float) -> DenseBatch:
+def dense_batch(
+    data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float, *, on_spot: bool = False
+) -> DenseBatch:
+    """
+    Args:
+        on_spot: of a crop, label those patches with letter and dot that show them; False: all patches of the card.
+    """
     num_sheets = round(share_of_sheets * size)
     pairs = [_sheet(rng) for _ in range(num_sheets)]
     for i in np.sort(rng.choice(len(data), size - num_sheets, replace=False)):
         which = WHOLE if rng.random() < 0.5 else CROPS[int(rng.integers(len(CROPS)))]
-        pairs.append((data.images[i, which], _labels(data.samples[i], which)))
+        pairs.append((data.images[i, which], _labels(data.samples[i], which, on_spot)))
     return DenseBatch(np.stack([image for image, _ in pairs]), torch.from_numpy(np.stack([of for _, of in pairs])))
 
 
-def _labels(sample: Sample, which: int) -> np.ndarray:
+def _labels(sample: Sample, which: int, on_spot: bool = False) -> np.ndarray:
     labels = np.full((_SIDE, _SIDE, len(_CLASSES) + _EDGES), _NO_LABEL, np.float32)
     labels[..., 0] = len(COLOURS)  # background
     view: Box = (0.0, 0.0, sample.side, sample.side) if which == WHOLE else sample.crops[which - 1]
@@ -87,12 +94,28 @@ def _labels(sample: Sample, which: int) -> np.ndarray:
         on_card[..., 0] = _NAMES.index(card.colour)
         on_card[..., 1] = SHAPES.index(card.shape)
         if which != WHOLE:
-            on_card[..., 2] = LETTERS.index(card.letter)
-            on_card[..., 3] = _NAMES.index(card.dot)
+            for part, label, box in (
+                (2, LETTERS.index(card.letter), card.letter_box),
+                (3, _NAMES.index(card.dot), card.dot_box),
+            ):
+                if on_spot:
+                    labels[_shows(box, view), part] = label
+                else:
+                    on_card[..., part] = label
         x, y = centres[columns][None, :], centres[rows][:, None]
         for k, distance in enumerate((x - x0, y - y0, x1 - x, y1 - y)):
             on_card[..., len(_CLASSES) + k] = distance
     return labels.reshape(_SIDE * _SIDE, -1)
+
+
+def _shows(box: Box, view: Box) -> np.ndarray:
+    """(patches, patches) bool: those that hold a fifth of the box or more."""
+    x, width, y, height = (
+        length / (view[k + 2] - view[k]) * IMAGE_SIDE
+        for k in (0, 1)
+        for length in (box[k] - view[k], box[k + 2] - box[k])
+    )
+    return _share_in_patches(y, height)[:, None] * _share_in_patches(x, width)[None] > _SHOWN
 
 
 def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -127,13 +150,13 @@ def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         parts = ((2, letter, at_letter, glyph.size), (3, other, at_dot, (diameter, diameter)))
         for i, (part, label, corner, size) in enumerate(parts):
             share = _share_in_patches(corner[1], size[1])[:, None] * _share_in_patches(corner[0], size[0])[None]
-            is_best = (share > 0.2) & (share > most[i])
+            is_best = (share > _SHOWN) & (share > most[i])
             labels[is_best, part] = label
             most[i] = np.where(is_best, share, most[i])
     return np.asarray(image), labels.reshape(_SIDE * _SIDE, -1)
 
 
-def _share_in_patches(start: int, length: int) -> np.ndarray:
+def _share_in_patches(start: float, length: float) -> np.ndarray:
     edges = np.arange(_SIDE + 1) * PATCH_SIZE
     overlap = np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start)
     return overlap.clip(0, None) / length

@@ -1,4 +1,4 @@
-"""One training from random weights to a checkpoint: the tower first (dense.py), then all of it (packing.py).
+"""One training from random weights to a checkpoint, in three stages that differ in what is shown and asked.
 
 Each step draws its batch from a generator of its own, seeded with the run's seed and the step. So a run that was killed
 goes on as if nothing had been, from the last state that it stored.
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,24 +27,55 @@ from .rendered import RenderedScenes
 
 STATE = "state.pt"
 
-# Of a batch drawn with a generator: what to minimise, and what to show.
-_Loss: TypeAlias = Callable[[np.random.Generator], tuple[Tensor, Mapping[str, float]]]
+_DENSE_WEIGHT = 0.3  # of the tower's own loss beside the language model's
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One half of the training.
+    """One part of the training.
 
     Attributes:
-        batch: rows of a step.
-        lr: the highest; it rises over `warmup` steps and falls along a cosine to `final` of it.
+        rows: scenes of a step; 0 in the first stage, where nothing is said.
+        dense_images: of a step, for the tower's own labels (dense.py).
+        lr: the highest; it rises over `warmup` steps and falls along a cosine, which would reach `final` of it after
+            `horizon` steps.
+        on_spot: see `dense_batch`.
+        tower_lr: of the vision tower, as a share of the rest's.
+        share_of_crops: of the steps, those about crops alone.
+        details: how much likelier the second round of a conversation is to ask for a letter or a dot than for something
+            else.
     """
 
     steps: int
-    batch: int
     lr: float
+    horizon: int
     warmup: int
     final: float
+    rows: int = 0
+    dense_images: int = 0
+    on_spot: bool = False
+    tower_lr: float = 1.0
+    share_of_crops: float = 0.0
+    details: int = 1
+
+
+# First the tower alone; then the whole model talks, mostly about whole scenes; then it reads details, and the tower's
+# own labels come back, since it forgets letters while the talk is of other things.
+_TOWER = Stage(steps=2400, horizon=2400, lr=1e-3, warmup=100, final=0.05, dense_images=64)
+_LANGUAGE = Stage(steps=4600, horizon=6600, lr=1e-3, warmup=200, final=0.02, rows=16, tower_lr=0.3, share_of_crops=0.06)
+_DETAILS = Stage(
+    steps=2400,
+    horizon=2400,
+    lr=7e-4,
+    warmup=100,
+    final=0.02,
+    rows=16,
+    dense_images=24,
+    on_spot=True,
+    tower_lr=0.6,
+    share_of_crops=0.2,
+    details=3,
+)
 
 
 @dataclass(frozen=True)
@@ -53,22 +84,19 @@ class Settings:
 
     Attributes:
         num_scenes: of the training split, which are seen again and again, with other questions.
-        share_of_crops: of the steps of the second half, those about crops alone.
-        tower_lr: of the vision tower in the second half, as a share of the rest's.
         bfloat16: compute in it where that is safe; weights are float32.
     """
 
     seed: int = 0
     num_scenes: int = 24_000
-    tower: Stage = field(default=Stage(steps=2400, batch=64, lr=1e-3, warmup=100, final=0.05))
-    language: Stage = field(default=Stage(steps=6600, batch=16, lr=1e-3, warmup=200, final=0.02))
-    share_of_crops: float = 0.06
-    tower_lr: float = 0.3
+    tower: Stage = _TOWER
+    language: Stage = _LANGUAGE
+    details: Stage = _DETAILS
     bfloat16: bool = True
 
     @property
     def stages(self) -> dict[str, Stage]:
-        return {"tower": self.tower, "language": self.language}
+        return {"tower": self.tower, "language": self.language, "details": self.details}
 
 
 class Run:
@@ -86,7 +114,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0  # spent in steps, before and after interruptions
         self._path = folder / STATE
-        self._done = {"tower": 0, "language": 0}
+        self._done = dict.fromkeys(settings.stages, 0)
         self._workers = workers
         self._folder = folder
         self.model: Any = new_model(settings.seed)
@@ -108,10 +136,6 @@ class Run:
             return
         data = RenderedScenes(self._folder, "train", self.settings.num_scenes, self._workers)
         packer = Packer()
-        losses: dict[str, _Loss] = {
-            "tower": lambda rng: self._tower_loss(data, rng),
-            "language": lambda rng: self._language_loss(data, packer, rng),
-        }
         last_saved = time.monotonic()
         self.model.train()
         for index, (name, stage) in enumerate(self.settings.stages.items()):
@@ -123,7 +147,7 @@ class Run:
                 while self._done[name] < stage.steps:
                     start = time.perf_counter()
                     rng = np.random.default_rng((self.settings.seed, index, self._done[name]))
-                    facts = self._step(stage, self._done[name], losses[name], rng)
+                    facts = self._step(stage, self._done[name], data, packer, rng)
                     self._done[name] += 1
                     self.seconds += time.perf_counter() - start
                     self.history.append({"stage": name, "step": self._done[name], "seconds": self.seconds, **facts})
@@ -166,53 +190,65 @@ class Run:
         self._head.load_state_dict(state["head"])
         self._saved_optimizer = state["optimizer"]
 
-    def _new_optimizer(self, stage: str) -> torch.optim.Optimizer:
+    def _new_optimizer(self, name: str) -> torch.optim.Optimizer:
         """AdamW; in the middle of a stage, as it was."""
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        named = [*self.model.named_parameters()]
-        if stage == "tower":
-            named = [(name, weight) for name, weight in named if "vision_tower" in name]
+        stage = self.settings.stages[name]
+        named = [(key, weight) for key, weight in self.model.named_parameters() if stage.rows or "vision_tower" in key]
+        if stage.dense_images:
             named += self._head.named_parameters()
-        for name, weight in named:
-            decay = 0.05 if weight.ndim > 1 and "embed" not in name else 0.0
-            share = self.settings.tower_lr if stage == "language" and "vision_tower" in name else 1.0
-            groups.setdefault((decay, share), []).append(weight)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for key, weight in named:
+            decay = 0.05 if weight.ndim > 1 and "embed" not in key else 0.0
+            groups.setdefault((decay, stage.tower_lr if "vision_tower" in key else 1.0), []).append(weight)
         optimizer = torch.optim.AdamW(
             [{"params": of, "weight_decay": decay, "share": share} for (decay, share), of in groups.items()],
             betas=(0.9, 0.98),
         )
-        if self._done[stage] and self._saved_optimizer is not None:
+        if self._done[name] and self._saved_optimizer is not None:
             optimizer.load_state_dict(self._saved_optimizer)
         return optimizer
 
-    def _step(self, stage: Stage, step: int, loss_of: _Loss, rng: np.random.Generator) -> dict[str, float]:
+    def _step(
+        self, stage: Stage, step: int, data: RenderedScenes, packer: Packer, rng: np.random.Generator
+    ) -> dict[str, float]:
         assert self._optimizer is not None
-        lr = stage.lr * _schedule(step, stage)
+        lr = stage.lr * schedule(step, stage)
         for group in self._optimizer.param_groups:
             group["lr"] = lr * group["share"]
         self._optimizer.zero_grad(set_to_none=True)
-        loss, facts = loss_of(rng)
-        loss.backward()
+        facts = {"lr": lr}
+        if stage.rows:
+            loss, right = self._language_loss(stage, data, packer, rng)
+            loss.backward()
+            facts |= {"loss": float(loss.detach()), "right": right}
+        if stage.dense_images:
+            loss, parts = self._dense_loss(stage, data, rng)
+            (_DENSE_WEIGHT * loss if stage.rows else loss).backward()
+            facts |= {"dense": float(loss.detach()), **parts}
         weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
         nn.utils.clip_grad_norm_(weights, 1.0)
         self._optimizer.step()
-        return {"loss": float(loss.detach()), "lr": lr, **facts}
+        return facts
 
-    def _tower_loss(self, data: RenderedScenes, rng: np.random.Generator) -> tuple[Tensor, Mapping[str, float]]:
-        batch = dense_batch(data, rng, self.settings.tower.batch, share_of_sheets=0.5)
+    def _dense_loss(
+        self, stage: Stage, data: RenderedScenes, rng: np.random.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        batch = dense_batch(data, rng, stage.dense_images, share_of_sheets=0.5, on_spot=stage.on_spot)
         tower = self.model.model.vision_tower
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             features = tower(pixel_values(batch.images)).last_hidden_state[:, 1:]
         return self._head.loss(features.float(), batch.labels)
 
     def _language_loss(
-        self, data: RenderedScenes, packer: Packer, rng: np.random.Generator
-    ) -> tuple[Tensor, Mapping[str, float]]:
-        size = self.settings.language.batch
-        if rng.random() < self.settings.share_of_crops:
-            batch = packer.crops(data, np.sort(rng.choice(len(data), 2 * size, replace=False)).tolist(), rng)
+        self, stage: Stage, data: RenderedScenes, packer: Packer, rng: np.random.Generator
+    ) -> tuple[Tensor, float]:
+        """Also the share of right tokens."""
+        if rng.random() < stage.share_of_crops:
+            indices = np.sort(rng.choice(len(data), 2 * stage.rows, replace=False)).tolist()
+            batch = packer.crops(data, indices, rng)
         else:
-            batch = packer.scenes(data, np.sort(rng.choice(len(data), size, replace=False)).tolist(), rng)
+            indices = np.sort(rng.choice(len(data), stage.rows, replace=False)).tolist()
+            batch = packer.scenes(data, indices, rng, details=stage.details)
         targets = batch.labels[:, 1:]
         is_learnt = targets != IGNORED
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
@@ -220,10 +256,11 @@ class Run:
             logits = self.model.lm_head(states[is_learnt])
         targets = targets[is_learnt]
         right = (logits.argmax(-1) == targets).float().mean()
-        return F.cross_entropy(logits.float(), targets), {"right": float(right)}
+        return F.cross_entropy(logits.float(), targets), float(right)
 
 
-def _schedule(step: int, stage: Stage) -> float:
+def schedule(step: int, stage: Stage) -> float:
+    """The learning rate of a step, as a share of the stage's highest."""
     rising = min(1.0, (step + 1) / stage.warmup)
-    falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    falling = 0.5 * (1 + math.cos(math.pi * step / stage.horizon))
     return rising * (stage.final + (1 - stage.final) * falling)

@@ -70,11 +70,17 @@ class Packer:
         self._turn = (*self._encode("USER: "), *(image,) * IMAGE_TOKENS, *self._encode("\n"))
         self._opening = (tokenizer.bos_token_id, *self._turn)
 
-    def scenes(self, data: RenderedScenes, indices: Sequence[int], rng: np.random.Generator) -> PackedBatch:
-        """Whole scenes, each with a second image."""
+    def scenes(
+        self, data: RenderedScenes, indices: Sequence[int], rng: np.random.Generator, details: int = 1
+    ) -> PackedBatch:
+        """Whole scenes, each with a second image.
+
+        Args:
+            details: how much likelier the second round is to ask for a letter or a dot than for something else.
+        """
         rows, images = [], []
         for i in indices:
-            segments, second = self._about_scene(data.samples[i], rng)
+            segments, second = self._about_scene(data.samples[i], rng, details)
             rows.append(segments)
             images += [data.images[i, WHOLE], data.images[i, second]]
         return self._batch(rows, images)
@@ -95,7 +101,7 @@ class Packer:
                 segments.append(self._answered(question.text, question.answer))
         return segments
 
-    def _about_scene(self, sample: Sample, rng: np.random.Generator) -> tuple[list[_Segment], int]:
+    def _about_scene(self, sample: Sample, rng: np.random.Generator, details: int) -> tuple[list[_Segment], int]:
         """Also which image is the second one."""
         questions = _questions(sample)
         said = caption(sample.cards)
@@ -109,10 +115,15 @@ class Packer:
             kinds = [kind for kind in (_WHOLE_KINDS if rng.random() < 0.15 else BOXED_KINDS) if questions[kind]]
             question = _one(rng, questions[_one(rng, kinds)])
             segments.append(self._located(prompt, question, sample))
-        return segments, self._two_rounds(segments, sample, questions, rng)
+        return segments, self._two_rounds(segments, sample, questions, rng, details)
 
     def _two_rounds(
-        self, segments: list[_Segment], sample: Sample, questions: QuestionsByKind, rng: np.random.Generator
+        self,
+        segments: list[_Segment],
+        sample: Sample,
+        questions: QuestionsByKind,
+        rng: np.random.Generator,
+        details: int,
     ) -> int:
         """Appends DualFocus's conversation; gives the image of its second round."""
         if rng.random() < _SHARE_WHOLE:
@@ -122,7 +133,8 @@ class Packer:
         else:
             which = int(rng.integers(len(CROPS)))
             on_card = _questions_on(questions, sample.shown[which])
-            kind = _one(rng, sorted({question.kind for question in on_card}))
+            kinds = sorted({question.kind for question in on_card})
+            kind = _one(rng, kinds + [kind for kind in kinds if kind in LOCAL_KINDS] * (details - 1))
             question = _one(rng, [question for question in on_card if question.kind == kind])
             if rng.random() < _SHARE_ELSEWHERE:
                 second = ELSEWHERE

@@ -126,7 +126,10 @@ def _elsewhere(scene: Scene, rng: np.random.Generator) -> Box:
 
 
 def _sample(facts: dict[str, Any]) -> Sample:
-    cards = tuple(Card(**(card | {"box": tuple(card["box"])})) for card in facts["cards"])
+    cards = tuple(
+        Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
+        for card in facts["cards"]
+    )
     boxes, crops = (tuple(map(tuple, facts[name])) for name in ("crop_boxes", "crops"))
     return Sample(cards, facts["side"], tuple(facts["shown"]), boxes, crops)
 
