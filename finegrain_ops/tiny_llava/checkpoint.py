@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
 from .tokenizer import PATCH_SIZE, clip_image_processor_class
@@ -27,6 +28,11 @@ _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
+_RELEASED_NAMES = {
+    "vision_tower.": "vision_tower.vision_model.",
+    "language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+}
 _REMEDY = (
     "install finegrain_ops again, or train it with `python -m finegrain_ops.tiny_llava.training` and give its folder"
 )
@@ -47,14 +53,17 @@ def load(folder: Path | str = WEIGHTS, *, dtype: torch.dtype = torch.float32) ->
     """
     folder = Path(folder)
     for name, digest in facts_of(folder)["sha256"].items():
-        found = hashlib.sha256(_read(folder / name)).hexdigest()
-        if found != digest:
+        came = hashlib.sha256(_read(folder / name)).hexdigest()
+        if came != digest:
             raise CheckpointError(
-                f"{folder / name}: expected the file with the SHA-256 {digest}, got {found}; it is damaged: install "
+                f"{folder / name}: expected the file with the SHA-256 {digest}, got {came}; it is damaged: install "
                 "finegrain_ops again, or fetch it again from the repository (git checkout)"
             )
     try:
-        model: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, keys = loaded
+        if keys["missing_keys"] or keys["unexpected_keys"]:
+            raise ValueError(f"missing {sorted(keys['missing_keys'])}, unexpected {sorted(keys['unexpected_keys'])}")
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         image_processor = clip_image_processor_class().from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
@@ -78,7 +87,7 @@ def facts_of(folder: Path | str = WEIGHTS) -> dict[str, Any]:
     path = Path(folder) / FACTS
     try:
         facts = json.loads(_read(path))
-        if _WEIGHTS_FILE not in facts["sha256"]:
+        if not isinstance(facts["sha256"], dict) or _WEIGHTS_FILE not in facts["sha256"]:
             raise ValueError(f"no SHA-256 of {_WEIGHTS_FILE} in it")
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: expected what a training writes, {error!r}; {_REMEDY}") from error
@@ -88,13 +97,37 @@ def facts_of(folder: Path | str = WEIGHTS) -> dict[str, Any]:
 def save(model: Any, processor: Any, folder: Path, facts: Mapping[str, Any]) -> None:
     """In float16, with what transformers 4 and 5 each look for."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: weight.detach().half().contiguous() for name, weight in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=weights)
+    weights = {_released_name(name): weight.detach().half().contiguous() for name, weight in model.state_dict().items()}
+    save_file(weights, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
+    _make_readable_by_transformers_4(folder / "tokenizer_config.json")
     written = (folder / name for name in _FILES if (folder / name).exists())
     digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in written}
     (folder / FACTS).write_text(json.dumps({"sha256": digests, **facts}, indent=1) + "\n")
+
+
+def _released_name(name: str) -> str:
+    """Of a weight in the released LLaVA checkpoints, which both transformers 4 and 5 read; those that they write
+    themselves are not all read by the other.
+    """
+    name = name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")
+    for own, released in _RELEASED_NAMES.items():
+        if name.startswith(own):
+            return released + name.removeprefix(own)
+    return name
+
+
+def _make_readable_by_transformers_4(path: Path) -> None:
+    """Release 5 writes names that release 4 does not know, and reads those of both."""
+    settings = json.loads(path.read_text("utf-8"))
+    settings.pop("backend", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if "extra_special_tokens" in settings:
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 
 def _read(path: Path) -> bytes:

@@ -1,8 +1,9 @@
-"""The first half of training: the vision tower learns to see, from labels of every patch, before it has to talk.
+"""What each patch of an image shows, as labels for the vision tower: it learns to see before the language model talks,
+and does not forget what is seldom talked about.
 
-Each patch says which card it lies on: colour, shape, in a crop also letter and dot, and how far the card's edges are.
-Half of the pictures, later on, are sheets of sixteen letters and dots of all sizes: on cards alone they are learnt an
-order of magnitude slower.
+A patch says which card it lies on, with its colour, shape and how far its edges are; in a crop also which letter and
+which dot is on it, or that there is none. Besides there are sheets full of letters and dots, at any place: from crops
+alone, which have one of each, they are learnt an order of magnitude slower.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ...boxes import Box
-from ..drawing import NUM_SPECKS, glyph_mask, ink_on
+from ..drawing import NUM_SPECKS, RGB, glyph_mask, ink_on
 from ..scenes import COLOURS, LETTERS, SHAPES
 from ..tokenizer import IMAGE_SIDE, PATCH_SIZE
 from .rendered import CROPS, WHOLE, RenderedScenes, Sample
@@ -24,12 +25,18 @@ from .rendered import CROPS, WHOLE, RenderedScenes, Sample
 _SIDE = IMAGE_SIDE // PATCH_SIZE  # patches
 _NAMES = list(COLOURS)
 _NO_LABEL = -100
-_CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS), len(COLOURS))  # card (or none), shape, letter, dot
+_COLOUR, _SHAPE, _LETTER, _DOT = range(4)
 _PARTS = ("colour", "shape", "letter", "dot")
+# The last class of each part but the shape: no card, no letter, no dot.
+_CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1)
+_NONE_WEIGHT = 0.2  # most patches show no letter
 _EDGES = 4
 _EDGE_WEIGHT, _EDGE_BETA = 10.0, 0.02
-_CELLS = 4  # of a sheet, per side
-_SHOWN = 0.2  # share of a letter or dot that a patch must hold to be labelled with it
+_CELL = 28  # pixels of a sheet's cells
+_SHOWN, _NOT_SHOWN = (
+    0.2,
+    0.02,
+)  # of a letter or dot, the share in a patch from which it is labelled, and up to which not
 
 
 class DenseBatch(NamedTuple):
@@ -44,17 +51,21 @@ class DenseHead(nn.Linear):
         super().__init__(width, sum(_CLASSES) + _EDGES)
 
     def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """features (B, patches, width): the loss, and the share of patches of which each part is right."""
+        """features (B, patches, width): the loss, and of the patches that show a part the share that says which."""
         *scores, edges = self(features).float().flatten(0, 1).split((*_CLASSES, _EDGES), -1)
         labels = labels.flatten(0, 1)
         losses, right = [], {}
         for k, (name, of_part) in enumerate(zip(_PARTS, scores)):
             classes = labels[:, k].long()
-            is_labelled = classes != _NO_LABEL
-            if is_labelled.any():
-                losses.append(F.cross_entropy(of_part, classes, ignore_index=_NO_LABEL))
-                right[name] = float((of_part.argmax(-1) == classes)[is_labelled].float().mean())
-        on_card = labels[:, 1] != _NO_LABEL
+            weight = torch.ones(_CLASSES[k])
+            if k in (_LETTER, _DOT):
+                weight[-1] = _NONE_WEIGHT
+            if (classes != _NO_LABEL).any():
+                losses.append(F.cross_entropy(of_part, classes, weight, ignore_index=_NO_LABEL))
+            is_shown = (classes != _NO_LABEL) & (weight[classes.clamp(min=0)] == 1.0)
+            if is_shown.any():
+                right[name] = float((of_part.argmax(-1) == classes)[is_shown].float().mean())
+        on_card = labels[:, _SHAPE] != _NO_LABEL
         if on_card.any():
             losses.append(
                 _EDGE_WEIGHT * F.smooth_l1_loss(edges[on_card], labels[on_card, len(_CLASSES) :], beta=_EDGE_BETA)
@@ -62,24 +73,19 @@ class DenseHead(nn.Linear):
         return torch.stack(losses).sum(), right
 
 
-def dense_batch(
-    data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float, *, on_spot: bool = False
-) -> DenseBatch:
-    """
-    Args:
-        on_spot: of a crop, label those patches with letter and dot that show them; False: all patches of the card.
-    """
+def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float) -> DenseBatch:
+    """Of what are no sheets, a third are whole scenes and the rest crops."""
     num_sheets = round(share_of_sheets * size)
     pairs = [_sheet(rng) for _ in range(num_sheets)]
     for i in np.sort(rng.choice(len(data), size - num_sheets, replace=False)):
-        which = WHOLE if rng.random() < 0.5 else CROPS[int(rng.integers(len(CROPS)))]
-        pairs.append((data.images[i, which], _labels(data.samples[i], which, on_spot)))
+        which = WHOLE if rng.random() < 1 / 3 else CROPS[int(rng.integers(len(CROPS)))]
+        pairs.append((data.images[i, which], _labels(data.samples[i], which)))
     return DenseBatch(np.stack([image for image, _ in pairs]), torch.from_numpy(np.stack([of for _, of in pairs])))
 
 
-def _labels(sample: Sample, which: int, on_spot: bool = False) -> np.ndarray:
-    labels = np.full((_SIDE, _SIDE, len(_CLASSES) + _EDGES), _NO_LABEL, np.float32)
-    labels[..., 0] = len(COLOURS)  # background
+def _labels(sample: Sample, which: int) -> np.ndarray:
+    labels = _unlabelled()
+    labels[..., _COLOUR] = len(COLOURS)
     view: Box = (0.0, 0.0, sample.side, sample.side) if which == WHOLE else sample.crops[which - 1]
     centres = (np.arange(_SIDE) + 0.5) / _SIDE
     reach = 0.35 / _SIDE  # a patch whose centre is just outside a card still shows it
@@ -91,72 +97,98 @@ def _labels(sample: Sample, which: int, on_spot: bool = False) -> np.ndarray:
         if not len(rows) or not len(columns):
             continue
         on_card = labels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        on_card[..., 0] = _NAMES.index(card.colour)
-        on_card[..., 1] = SHAPES.index(card.shape)
-        if which != WHOLE:
-            for part, label, box in (
-                (2, LETTERS.index(card.letter), card.letter_box),
-                (3, _NAMES.index(card.dot), card.dot_box),
-            ):
-                if on_spot:
-                    labels[_shows(box, view), part] = label
-                else:
-                    on_card[..., part] = label
+        on_card[..., _COLOUR] = _NAMES.index(card.colour)
+        on_card[..., _SHAPE] = SHAPES.index(card.shape)
         x, y = centres[columns][None, :], centres[rows][:, None]
         for k, distance in enumerate((x - x0, y - y0, x1 - x, y1 - y)):
             on_card[..., len(_CLASSES) + k] = distance
+    if which != WHOLE:  # in which no letter can be read
+        letters = [(LETTERS.index(card.letter), _seen(card.letter_box, view)) for card in sample.cards]
+        dots = [(_NAMES.index(card.dot), _seen(card.dot_box, view)) for card in sample.cards]
+        labels[..., _LETTER] = _spots(letters, _CLASSES[_LETTER] - 1)
+        labels[..., _DOT] = _spots(dots, _CLASSES[_DOT] - 1)
     return labels.reshape(_SIDE * _SIDE, -1)
 
 
-def _shows(box: Box, view: Box) -> np.ndarray:
-    """(patches, patches) bool: those that hold a fifth of the box or more."""
-    x, width, y, height = (
-        length / (view[k + 2] - view[k]) * IMAGE_SIDE
-        for k in (0, 1)
-        for length in (box[k] - view[k], box[k + 2] - box[k])
-    )
-    return _share_in_patches(y, height)[:, None] * _share_in_patches(x, width)[None] > _SHOWN
-
-
 def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """A letter and a dot in each of many cells of the cards' colours. A patch is labelled with those that it shows most
-    of.
-    """
-    image = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE))
+    """A letter and a dot in each of many cells of the cards' colours, which begin anywhere within a patch."""
+    shift = rng.integers(0, _CELL, 2).tolist()  # of the first row and column out of the image
+    num_cells = IMAGE_SIDE // _CELL + 1
+    image = Image.new("RGB", (num_cells * _CELL,) * 2)
     canvas = ImageDraw.Draw(image)
-    labels = np.full((_SIDE, _SIDE, len(_CLASSES) + _EDGES), _NO_LABEL, np.float32)
-    most = np.zeros((2, _SIDE, _SIDE))
-    cell = IMAGE_SIDE // _CELLS
-    for k in range(_CELLS * _CELLS):
-        x, y = k % _CELLS * cell, k // _CELLS * cell
+    letters: list[tuple[int, Box]] = []
+    dots: list[tuple[int, Box]] = []
+    for k in range(num_cells**2):
+        x, y = k % num_cells * _CELL, k // num_cells * _CELL
         colour, other = (int(i) for i in rng.permutation(len(_NAMES))[:2])
-        levels = np.array(COLOURS[_NAMES[colour]]) + rng.integers(-12, 13, 3)
-        red, green, blue = (int(level) for level in levels.clip(0, 255))
-        canvas.rectangle((x, y, x + cell - 1, y + cell - 1), fill=(red, green, blue))
+        paint = _paint(rng, colour)
+        canvas.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), fill=paint)
         for _ in range(NUM_SPECKS):
-            u, v = rng.integers(0, cell - 3, 2).tolist()
+            u, v = rng.integers(0, _CELL - 3, 2).tolist()
             speck = COLOURS[_NAMES[int(rng.integers(len(_NAMES)))]]
             canvas.ellipse((x + u, y + v, x + u + 2, y + v + 2), fill=speck)
         letter = int(rng.integers(len(LETTERS)))
         glyph = glyph_mask(LETTERS[letter], int(rng.integers(9, 18)))
         diameter = int(rng.integers(5, 10))
-        gap = max(0, cell - glyph.width - diameter)
-        shift = int(rng.integers(0, gap + 1))
-        left, right = (x, x + cell - glyph.width) if rng.random() < 0.5 else (x + cell - diameter, x)
-        at_dot = (left + shift * (1 if left == x else -1), y + int(rng.integers(0, cell - diameter)))
-        at_letter = (right, y + int(rng.integers(0, cell - glyph.height)))
-        canvas.ellipse((*at_dot, at_dot[0] + diameter - 1, at_dot[1] + diameter - 1), fill=COLOURS[_NAMES[other]])
-        image.paste(ink_on((red, green, blue)), at_letter, glyph)
-        parts = ((2, letter, at_letter, glyph.size), (3, other, at_dot, (diameter, diameter)))
-        for i, (part, label, corner, size) in enumerate(parts):
-            share = _share_in_patches(corner[1], size[1])[:, None] * _share_in_patches(corner[0], size[0])[None]
-            is_best = (share > _SHOWN) & (share > most[i])
-            labels[is_best, part] = label
-            most[i] = np.where(is_best, share, most[i])
-    return np.asarray(image), labels.reshape(_SIDE * _SIDE, -1)
+        room = int(rng.integers(0, max(0, _CELL - glyph.width - diameter) + 1))
+        # The letter on one side and the dot on the other, as far apart as there is room.
+        dot_x, letter_x = (
+            (x + room, x + _CELL - glyph.width) if rng.random() < 0.5 else (x + _CELL - diameter - room, x)
+        )
+        dot_y = y + int(rng.integers(0, _CELL - diameter))
+        letter_y = y + int(rng.integers(0, _CELL - glyph.height))
+        canvas.ellipse((dot_x, dot_y, dot_x + diameter - 1, dot_y + diameter - 1), fill=COLOURS[_NAMES[other]])
+        image.paste(ink_on(paint), (letter_x, letter_y), glyph)
+        letters.append((letter, _box_of(letter_x - shift[0], letter_y - shift[1], glyph.width, glyph.height)))
+        dots.append((other, _box_of(dot_x - shift[0], dot_y - shift[1], diameter, diameter)))
+    labels = _unlabelled()
+    labels[..., _LETTER] = _spots(letters, _CLASSES[_LETTER] - 1)
+    labels[..., _DOT] = _spots(dots, _CLASSES[_DOT] - 1)
+    seen = image.crop((*shift, shift[0] + IMAGE_SIDE, shift[1] + IMAGE_SIDE))
+    return np.asarray(seen), labels.reshape(_SIDE * _SIDE, -1)
 
 
-def _share_in_patches(start: float, length: float) -> np.ndarray:
+def _spots(boxes: list[tuple[int, Box]], none: int) -> np.ndarray:
+    """(patches, patches): the class of the box that a patch shows most of; `none` where it shows next to nothing of
+    any; no label in between, nor of boxes that the image cuts.
+
+    Args:
+        boxes: class, and x0, y0, x1, y1 in pixels of the image.
+    """
+    labels = np.full((_SIDE, _SIDE), float(none), np.float32)
+    most = np.zeros((_SIDE, _SIDE))
+    for label, (x0, y0, x1, y1) in boxes:
+        share = _share_in_patches(y0, y1)[:, None] * _share_in_patches(x0, x1)[None]
+        is_best = (share > _NOT_SHOWN) & (share > most)
+        is_whole = min(x0, y0) >= 0 and max(x1, y1) <= IMAGE_SIDE
+        labels[is_best] = np.where(share[is_best] > _SHOWN, label, _NO_LABEL) if is_whole else _NO_LABEL
+        most = np.maximum(most, share)
+    return labels
+
+
+def _seen(box: Box, view: Box) -> Box:
+    """A box of the scene in pixels of the image that shows `view`."""
+    x0, x1 = ((edge - view[0]) / (view[2] - view[0]) * IMAGE_SIDE for edge in box[::2])
+    y0, y1 = ((edge - view[1]) / (view[3] - view[1]) * IMAGE_SIDE for edge in box[1::2])
+    return x0, y0, x1, y1
+
+
+def _box_of(x: int, y: int, width: int, height: int) -> Box:
+    return float(x), float(y), float(x + width), float(y + height)
+
+
+def _share_in_patches(low: float, high: float) -> np.ndarray:
+    """(patches,): which share of low..high, in pixels, lies in each row or column of patches."""
     edges = np.arange(_SIDE + 1) * PATCH_SIZE
-    overlap = np.minimum(edges[1:], start + length) - np.maximum(edges[:-1], start)
-    return overlap.clip(0, None) / length
+    overlap = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
+    return overlap.clip(0, None) / (high - low)
+
+
+def _paint(rng: np.random.Generator, colour: int) -> RGB:
+    levels = np.array(COLOURS[_NAMES[colour]]) + rng.integers(-12, 13, 3)
+    red, green, blue = (int(level) for level in levels.clip(0, 255))
+    return red, green, blue
+
+
+def _unlabelled() -> np.ndarray:
+    return np.full((_SIDE, _SIDE, len(_CLASSES) + _EDGES), _NO_LABEL, np.float32)

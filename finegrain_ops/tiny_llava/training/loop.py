@@ -1,4 +1,4 @@
-"""One training from random weights to a checkpoint, in three stages that differ in what is shown and asked.
+"""One training from random weights to a checkpoint, the tower first (dense.py), then all of it (packing.py).
 
 Each step draws its batch from a generator of its own, seeded with the run's seed and the step. So a run that was killed
 goes on as if nothing had been, from the last state that it stored.
@@ -27,54 +27,41 @@ from .rendered import RenderedScenes
 
 STATE = "state.pt"
 
-_DENSE_WEIGHT = 0.3  # of the tower's own loss beside the language model's
-
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of the training.
+    """One half of the training.
 
     Attributes:
-        rows: scenes of a step; 0 in the first stage, where nothing is said.
-        dense_images: of a step, for the tower's own labels (dense.py).
-        lr: the highest; it rises over `warmup` steps and falls along a cosine, which would reach `final` of it after
-            `horizon` steps.
-        on_spot: see `dense_batch`.
+        lr: the highest; it rises over `warmup` steps and falls along a cosine to `final` of it.
+        dense_images: of a step, for the tower's own labels (dense.py); `share_of_sheets` of them are sheets.
+        rows: scenes that are talked about in a step; 0: the tower alone is trained.
         tower_lr: of the vision tower, as a share of the rest's.
-        share_of_crops: of the steps, those about crops alone.
-        details: how much likelier the second round of a conversation is to ask for a letter or a dot than for something
-            else.
+        share_of_crops: of the steps, those that talk about crops alone.
     """
 
     steps: int
     lr: float
-    horizon: int
     warmup: int
     final: float
+    dense_images: int
+    share_of_sheets: float = 0.5
     rows: int = 0
-    dense_images: int = 0
-    on_spot: bool = False
     tower_lr: float = 1.0
     share_of_crops: float = 0.0
-    details: int = 1
 
 
-# First the tower alone; then the whole model talks, mostly about whole scenes; then it reads details, and the tower's
-# own labels come back, since it forgets letters while the talk is of other things.
-_TOWER = Stage(steps=2400, horizon=2400, lr=1e-3, warmup=100, final=0.05, dense_images=64)
-_LANGUAGE = Stage(steps=4600, horizon=6600, lr=1e-3, warmup=200, final=0.02, rows=16, tower_lr=0.3, share_of_crops=0.06)
-_DETAILS = Stage(
-    steps=2400,
-    horizon=2400,
-    lr=7e-4,
-    warmup=100,
+_TOWER = Stage(steps=2400, lr=1e-3, warmup=100, final=0.1, dense_images=64)
+_LANGUAGE = Stage(
+    steps=6000,
+    lr=1e-3,
+    warmup=200,
     final=0.02,
+    dense_images=16,
+    share_of_sheets=0.25,
     rows=16,
-    dense_images=24,
-    on_spot=True,
-    tower_lr=0.6,
-    share_of_crops=0.2,
-    details=3,
+    tower_lr=0.5,
+    share_of_crops=0.15,
 )
 
 
@@ -91,12 +78,11 @@ class Settings:
     num_scenes: int = 24_000
     tower: Stage = _TOWER
     language: Stage = _LANGUAGE
-    details: Stage = _DETAILS
     bfloat16: bool = True
 
     @property
     def stages(self) -> dict[str, Stage]:
-        return {"tower": self.tower, "language": self.language, "details": self.details}
+        return {"tower": self.tower, "language": self.language}
 
 
 class Run:
@@ -141,6 +127,8 @@ class Run:
         for index, (name, stage) in enumerate(self.settings.stages.items()):
             if self._done[name] == stage.steps:
                 continue
+            if self._optimizer is not None:  # `train` was called before
+                self._saved_optimizer = self._optimizer.state_dict()
             self._optimizer = self._new_optimizer(name)
             bar = tqdm(total=stage.steps, initial=self._done[name], desc=name, unit="step")
             with bar:
@@ -194,8 +182,7 @@ class Run:
         """AdamW; in the middle of a stage, as it was."""
         stage = self.settings.stages[name]
         named = [(key, weight) for key, weight in self.model.named_parameters() if stage.rows or "vision_tower" in key]
-        if stage.dense_images:
-            named += self._head.named_parameters()
+        named += self._head.named_parameters()
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for key, weight in named:
             decay = 0.05 if weight.ndim > 1 and "embed" not in key else 0.0
@@ -221,10 +208,9 @@ class Run:
             loss, right = self._language_loss(stage, data, packer, rng)
             loss.backward()
             facts |= {"loss": float(loss.detach()), "right": right}
-        if stage.dense_images:
-            loss, parts = self._dense_loss(stage, data, rng)
-            (_DENSE_WEIGHT * loss if stage.rows else loss).backward()
-            facts |= {"dense": float(loss.detach()), **parts}
+        loss, parts = self._dense_loss(stage, data, rng)
+        loss.backward()
+        facts |= {"dense": float(loss.detach()), **parts}
         weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
         nn.utils.clip_grad_norm_(weights, 1.0)
         self._optimizer.step()
@@ -233,7 +219,7 @@ class Run:
     def _dense_loss(
         self, stage: Stage, data: RenderedScenes, rng: np.random.Generator
     ) -> tuple[Tensor, dict[str, float]]:
-        batch = dense_batch(data, rng, stage.dense_images, share_of_sheets=0.5, on_spot=stage.on_spot)
+        batch = dense_batch(data, rng, stage.dense_images, stage.share_of_sheets)
         tower = self.model.model.vision_tower
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
             features = tower(pixel_values(batch.images)).last_hidden_state[:, 1:]
@@ -248,7 +234,7 @@ class Run:
             batch = packer.crops(data, indices, rng)
         else:
             indices = np.sort(rng.choice(len(data), stage.rows, replace=False)).tolist()
-            batch = packer.scenes(data, indices, rng, details=stage.details)
+            batch = packer.scenes(data, indices, rng)
         targets = batch.labels[:, 1:]
         is_learnt = targets != IGNORED
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.bfloat16):
@@ -262,5 +248,5 @@ class Run:
 def schedule(step: int, stage: Stage) -> float:
     """The learning rate of a step, as a share of the stage's highest."""
     rising = min(1.0, (step + 1) / stage.warmup)
-    falling = 0.5 * (1 + math.cos(math.pi * step / stage.horizon))
+    falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return rising * (stage.final + (1 - stage.final) * falling)

@@ -31,7 +31,7 @@ from .rendered import CROPS, ELSEWHERE, WHOLE, RenderedScenes, Sample
 IGNORED = -100
 _T = TypeVar("_T")
 
-_SHARE_UNREADABLE = 0.4  # how often letters and dots are asked of the whole image, so that the model learns its doubt
+_SHARE_UNREADABLE = 0.25  # how often letters and dots are asked of the whole image, so that the model learns its doubt
 _SHARE_WHOLE = 0.3  # of second rounds: those about the whole scene, whose crop is the whole scene
 _SHARE_ELSEWHERE = 0.12  # of second rounds: those with a crop of somewhere else
 _WHOLE_KINDS = tuple(kind for kind in KINDS if kind not in BOXED_KINDS)
@@ -70,17 +70,11 @@ class Packer:
         self._turn = (*self._encode("USER: "), *(image,) * IMAGE_TOKENS, *self._encode("\n"))
         self._opening = (tokenizer.bos_token_id, *self._turn)
 
-    def scenes(
-        self, data: RenderedScenes, indices: Sequence[int], rng: np.random.Generator, details: int = 1
-    ) -> PackedBatch:
-        """Whole scenes, each with a second image.
-
-        Args:
-            details: how much likelier the second round is to ask for a letter or a dot than for something else.
-        """
+    def scenes(self, data: RenderedScenes, indices: Sequence[int], rng: np.random.Generator) -> PackedBatch:
+        """Whole scenes, each with a second image."""
         rows, images = [], []
         for i in indices:
-            segments, second = self._about_scene(data.samples[i], rng, details)
+            segments, second = self._about_scene(data.samples[i], rng)
             rows.append(segments)
             images += [data.images[i, WHOLE], data.images[i, second]]
         return self._batch(rows, images)
@@ -101,7 +95,7 @@ class Packer:
                 segments.append(self._answered(question.text, question.answer))
         return segments
 
-    def _about_scene(self, sample: Sample, rng: np.random.Generator, details: int) -> tuple[list[_Segment], int]:
+    def _about_scene(self, sample: Sample, rng: np.random.Generator) -> tuple[list[_Segment], int]:
         """Also which image is the second one."""
         questions = _questions(sample)
         said = caption(sample.cards)
@@ -110,20 +104,16 @@ class Packer:
             if questions[kind] and (kind not in LOCAL_KINDS or rng.random() < _SHARE_UNREADABLE):
                 question = _one(rng, questions[kind])
                 segments.append(self._answered(question.text, question.answer))
-        # The kind is drawn first: some have many questions, others one.
-        for prompt in (BOX_PROMPT, BOX_PROMPT, GROUNDING_PROMPT):
-            kinds = [kind for kind in (_WHOLE_KINDS if rng.random() < 0.15 else BOXED_KINDS) if questions[kind]]
-            question = _one(rng, questions[_one(rng, kinds)])
+        # The kind is drawn first: some have many questions, others one. What is named by its shape is the hardest to
+        # find, and asked for most.
+        for prompt in (BOX_PROMPT, BOX_PROMPT, BOX_PROMPT, GROUNDING_PROMPT):
+            of_kinds = _WHOLE_KINDS if rng.random() < 0.15 else (*BOXED_KINDS, "colour", "colour")
+            question = _one(rng, questions[_one(rng, [kind for kind in of_kinds if questions[kind]])])
             segments.append(self._located(prompt, question, sample))
-        return segments, self._two_rounds(segments, sample, questions, rng, details)
+        return segments, self._two_rounds(segments, sample, questions, rng)
 
     def _two_rounds(
-        self,
-        segments: list[_Segment],
-        sample: Sample,
-        questions: QuestionsByKind,
-        rng: np.random.Generator,
-        details: int,
+        self, segments: list[_Segment], sample: Sample, questions: QuestionsByKind, rng: np.random.Generator
     ) -> int:
         """Appends DualFocus's conversation; gives the image of its second round."""
         if rng.random() < _SHARE_WHOLE:
@@ -134,7 +124,8 @@ class Packer:
             which = int(rng.integers(len(CROPS)))
             on_card = _questions_on(questions, sample.shown[which])
             kinds = sorted({question.kind for question in on_card})
-            kind = _one(rng, kinds + [kind for kind in kinds if kind in LOCAL_KINDS] * (details - 1))
+            # What only the crop shows is asked more often.
+            kind = _one(rng, kinds + [kind for kind in kinds if kind in LOCAL_KINDS])
             question = _one(rng, [question for question in on_card if question.kind == kind])
             if rng.random() < _SHARE_ELSEWHERE:
                 second = ELSEWHERE

@@ -76,6 +76,7 @@ class RenderedScenes:
             return bool(json.loads(next(lines)) == self._facts)
 
     def _render(self, split: str, count: int, workers: int) -> None:
+        self._samples_path.unlink(missing_ok=True)  # its images are about to be overwritten
         shape = (count, NUM_IMAGES, IMAGE_SIDE, IMAGE_SIDE, 3)
         images = np.lib.format.open_memmap(self._images_path, "w+", np.uint8, shape)
         unfinished = self._samples_path.with_suffix(".unfinished")
@@ -126,12 +127,13 @@ def _elsewhere(scene: Scene, rng: np.random.Generator) -> Box:
 
 
 def _sample(facts: dict[str, Any]) -> Sample:
-    cards = tuple(
-        Card(**{key: tuple(value) if isinstance(value, list) else value for key, value in card.items()})
-        for card in facts["cards"]
-    )
+    cards = tuple(_card(card) for card in facts["cards"])
     boxes, crops = (tuple(map(tuple, facts[name])) for name in ("crop_boxes", "crops"))
     return Sample(cards, facts["side"], tuple(facts["shown"]), boxes, crops)
+
+
+def _card(facts: dict[str, Any]) -> Card:
+    return Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
 
 
 def _fingerprint() -> str:
