@@ -133,7 +133,8 @@ def _sample(facts: dict[str, Any]) -> Sample:
 
 
 def _card(facts: dict[str, Any]) -> Card:
-    return Card(**{name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()})
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
+    return Card(**values)
 
 
 def _fingerprint() -> str:
