@@ -125,8 +125,9 @@ def _make_readable_by_transformers_4(path: Path) -> None:
     settings = json.loads(path.read_text("utf-8"))
     settings.pop("backend", None)
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if "extra_special_tokens" in settings:
-        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    extra = settings.pop("extra_special_tokens", None)
+    if isinstance(extra, list):  # in release 4 it is another thing, a dictionary
+        settings["additional_special_tokens"] = extra
     path.write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
 
 

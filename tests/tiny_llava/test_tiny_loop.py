@@ -17,7 +17,8 @@ from finegrain_ops.tiny_llava.model import embeddings_of, new_model
 from finegrain_ops.tiny_llava.training import loop, rendered
 from finegrain_ops.tiny_llava.training.dense import dense_batch
 from finegrain_ops.tiny_llava.training.loop import STATE, Run, Settings, Stage, schedule
-from finegrain_ops.tiny_llava.training.packing import Packer
+from finegrain_ops.tiny_llava.training.packing import IGNORED, Packer
+from packed_conversations import logits_of
 
 
 def shrunk(stage: Stage, **changes: Any) -> Stage:
@@ -160,12 +161,15 @@ def test_a_folder_keeps_one_run(name: str, whole: Run) -> None:
         Run(folder, OTHERS[name], workers=1)
 
 
-def test_another_seed_is_another_run(whole: Run) -> None:
-    start, other = new_model(0).state_dict(), new_model(1).state_dict()
-    assert same_weights(start, new_model(0).state_dict())
-    assert not same_weights(start, other)
-    weights = weights_of(whole)
-    assert changed(start, {name: weights[name] for name in start})
+def test_another_seed_is_another_run(tmp_path) -> None:
+    """From its first weights on, which are those of `new_model`; and the head's."""
+    runs = {seed: Run(tmp_path, replace(TINY, seed=seed), workers=1) for seed in (0, 1)}
+    for seed, run in runs.items():
+        assert same_weights(run.model.state_dict(), new_model(seed).state_dict())
+    first, second = (weights_of(run) for run in runs.values())
+    assert same_weights(first, weights_of(Run(tmp_path, TINY, workers=1)))
+    assert {"head.weight", "model.language_model.norm.weight"} & changed(first, second) == {"head.weight"}
+    assert len(changed(first, second)) > 50
 
 
 # --- what is trained ---
@@ -241,6 +245,25 @@ def test_history_has_what_each_stage_is_about(whole: Run) -> None:
         shares = row.keys() & {"right", "colour", "shape", "letter", "dot"}
         assert len(shares) > 1  # two pictures need not show all
         assert all(0 <= row[name] <= 1 for name in shares)
+
+
+@pytest.mark.parametrize("name", ["scenes", "crops"])
+def test_the_language_loss_is_of_each_next_token_that_is_learnt(name: str, folder: Path, monkeypatch) -> None:
+    """From the logits of the whole model, for what was packed; and how many of these tokens it would have said."""
+    batches: list[Any] = []
+    pack = getattr(Packer, name)
+    monkeypatch.setattr(Packer, name, lambda *arguments: batches.append(pack(*arguments)) or batches[-1])
+    run = Run(folder, only("language", lr=0.0, rows=2, share_of_crops=float(name == "crops")), workers=1)
+    take(run, 1, 1e9)
+    (batch,) = batches
+    logits = logits_of(new_model(0), batch.inputs)
+    terms, hits = [], []
+    for row, place in (batch.labels != IGNORED).nonzero().tolist():
+        said = logits[row, place - 1]
+        terms.append(-said.log_softmax(-1)[batch.labels[row, place]].item())
+        hits.append(said.argmax().item() == batch.labels[row, place].item())
+    assert run.history[0]["loss"] == pytest.approx(np.mean(terms), rel=1e-4)
+    assert run.history[0]["right"] == pytest.approx(np.mean(hits))
 
 
 def test_the_second_stages_gradient_is_that_of_both_losses(folder: Path, data) -> None:
