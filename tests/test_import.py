@@ -59,8 +59,8 @@ def test_uninstalled_checkout(tmp_path: Path) -> None:
 
 
 def test_wheel(tmp_path: Path) -> None:
-    """Builds without a compiler, a GPU or torch in the build environment; holds every module and py.typed, and nothing
-    else.
+    """Builds without a compiler, a GPU or torch in the build environment; holds every module, the small model's weights
+    and py.typed, and nothing else.
     """
     source = tmp_path / "source"  # a build writes beside the sources
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__"))
@@ -75,10 +75,15 @@ def test_wheel(tmp_path: Path) -> None:
     for folder in ("kernels", "integrations"):
         sources |= {f"finegrain_ops/{p.relative_to(ROOT)}" for p in (ROOT / folder).rglob("*.py")}
     sources |= {f"finegrain_ops/{p.relative_to(ROOT)}" for p in (ROOT / "csrc").rglob("*.cuh")}
+    weights = ROOT / "finegrain_ops" / "tiny_llava" / "weights"
+    sources |= {str(p.relative_to(ROOT)) for p in weights.iterdir()}
     packed = {str(p.relative_to(installed)) for p in installed.rglob("*") if p.is_file() and ".dist-info" not in str(p)}
     assert packed == sources | {"finegrain_ops/py.typed"}
     files = python(NOT_INSTALLED + USE, tmp_path, installed).split()
     assert all(file.startswith(str(installed)) for file in files)
+    load = "from finegrain_ops.tiny_llava import checkpoint; checkpoint.load(); print(checkpoint.WEIGHTS)"
+    found = python(f"{NOT_INSTALLED}import transformers; {load}", tmp_path, installed)
+    assert found.strip() == str(installed / "finegrain_ops" / "tiny_llava" / "weights")
 
 
 def test_our_folders_do_not_shadow_other_packages() -> None:
