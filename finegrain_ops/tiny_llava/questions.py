@@ -19,7 +19,7 @@ AMBIGUOUS = "ambiguous"  # only a box tells which card is meant
 KINDS = (*GLOBAL_KINDS, *LOCAL_KINDS, AMBIGUOUS)
 BOXED_KINDS = ("colour", "shape", *LOCAL_KINDS, AMBIGUOUS)  # their answer is on one card
 
-# What the answers of a kind may be, as many as are equally likely to one who sees nothing.
+# What the answers of a kind may be.
 ANSWERS: dict[str, tuple[str, ...]] = {
     "count": tuple(NUMBERS.values()),
     "leftmost": tuple(COLOURS),
@@ -30,8 +30,9 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "dot": tuple(COLOURS),
     AMBIGUOUS: tuple(COLOURS),
 }
-CHANCE = {"count": 1 / 4, "leftmost": 1 / 4, "left_of": 1 / 2, "colour": 1 / 4, "shape": 1 / 4, "letter": 1 / 10}
-CHANCE |= {"dot": 1 / 7, AMBIGUOUS: 1 / 2}  # a dot is never its card's colour
+# Of a plain scene: of one who knows these answers and sees nothing; where a question is ambiguous, of one who sees all.
+CHANCE = {"count": 1 / 4, "leftmost": 1 / 8, "left_of": 1 / 2, "colour": 1 / 8, "shape": 1 / 4, "letter": 1 / 10}
+CHANCE |= {"dot": 1 / 7, AMBIGUOUS: 1 / 2}  # a dot never has its card's colour, which the question names
 
 # Two cards whose centres are closer than this share of the side are not compared.
 _CLEARLY = 0.04

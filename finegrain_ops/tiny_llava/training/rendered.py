@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ... import regions
 from ...boxes import Box
 from ...regions import dualfocus_crops
-from .. import drawing, scenes
+from .. import drawing, scenes, tokenizer
 from ..scenes import CROWDED, PLAIN, Card, Scene, draw_scene, seed_of
 from ..tokenizer import IMAGE_SIDE
 
@@ -139,5 +140,5 @@ def _card(facts: dict[str, Any]) -> Card:
 
 def _fingerprint() -> str:
     """Of the code that draws: what was rendered by other code is rendered anew."""
-    paths: Sequence[Any] = (scenes.__file__, drawing.__file__, __file__)
+    paths: Sequence[Any] = (scenes.__file__, drawing.__file__, regions.__file__, tokenizer.__file__, __file__)
     return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
