@@ -18,7 +18,7 @@ from .cof import BOXES, WEIGHTS
 from .dualfocus import BOXES as DUALFOCUS_BOXES
 from .dualfocus import THRESHOLDS
 from .rows import Row, pooled
-from .tables import GROUPS, SETTLED, SHOWN_WEIGHT, Table
+from .tables import COF_NAMES, GROUPS, SETTLED, SHOWN_WEIGHT, Table
 
 _COLOURS = {"predicted": "#d62728", "oracle": "#2ca02c", "wrong": "#7f7f7f", "none": "#1f77b4"}
 _DPI = 110
@@ -72,7 +72,7 @@ def _cof(table: Table) -> Any:
         for which in BOXES:
             found = [table.find(difficulty, kind, "cof", boxes=which, weight=weight) for weight in WEIGHTS]
             shares = [row.accuracy for row in found]
-            axes.errorbar(WEIGHTS, shares, _errors(found), color=_COLOURS[which], capsize=2, label=f"{which} box")
+            axes.errorbar(WEIGHTS, shares, _errors(found), color=_COLOURS[which], capsize=2, label=COF_NAMES[which])
         axes.set(title=kind if difficulty == "plain" else f"{kind}, {difficulty}", xscale="log", ylim=(0, 1.02))
         axes.set_xticks(WEIGHTS, [f"{weight:g}" for weight in WEIGHTS])
         axes.minorticks_off()

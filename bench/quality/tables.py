@@ -17,7 +17,7 @@ from .rows import Row, pooled
 GROUPS: Mapping[str, Sequence[str]] = {"global": GLOBAL_KINDS, "local": LOCAL_KINDS, "ambiguous": (AMBIGUOUS,)}
 SETTLED = (*GLOBAL_KINDS, *LOCAL_KINDS)  # without a box too
 SHOWN_WEIGHT = 2.0  # lambda of the README's table
-_COF_NAMES = {
+COF_NAMES = {
     "predicted": "the model's box",
     "oracle": "true box",
     "wrong": "another card's box",
@@ -127,7 +127,7 @@ def _cof_ablation(table: Table, weight: float) -> str:
     lines = [_line(["", *GROUPS, *(_kind(*part) for part in _hard(table))]), _rule(1 + len(GROUPS) + len(_hard(table)))]
     settings: dict[str, tuple[str, dict[str, Any]]] = {"plain": ("plain", {})}
     for which in ("none", "predicted", "oracle", "wrong"):
-        settings[f"reweighted, {_COF_NAMES[which]}"] = ("cof", {"boxes": which, "weight": weight})
+        settings[f"reweighted, {COF_NAMES[which]}"] = ("cof", {"boxes": which, "weight": weight})
     for name, (method, setting) in settings.items():
         found = [table.pool(kinds, method, **setting) for kinds in GROUPS.values()]
         found += [table.find(*part, method, **setting) for part in _hard(table)]
@@ -136,7 +136,7 @@ def _cof_ablation(table: Table, weight: float) -> str:
 
 
 def _cof_sweep(table: Table, which: str) -> str:
-    lines = [_line([_COF_NAMES[which], *(f"λ = {weight:g}" for weight in WEIGHTS)]), _rule(1 + len(WEIGHTS))]
+    lines = [_line([COF_NAMES[which], *(f"λ = {weight:g}" for weight in WEIGHTS)]), _rule(1 + len(WEIGHTS))]
     for difficulty, kind in table.parts:
         found = [table.find(difficulty, kind, "cof", boxes=which, weight=weight) for weight in WEIGHTS]
         lines.append(_line([_kind(difficulty, kind), *map(_share, found)]))
