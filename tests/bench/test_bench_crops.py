@@ -16,7 +16,8 @@ from bench.ceilings import Ceilings
 from bench.crop_agreement import expected_crops, keep_correct_crops, levels_off
 from bench.crop_cases import HD, MIXES, CropCase, crop_cases_for, small
 from bench.crop_inputs import make_crop_inputs
-from bench.markdown import BEGIN, END, markdown
+from bench.markdown import SECTION, markdown
+from bench.markers import markers
 from bench.operations import CROP_RESIZE
 from bench.peers import CropPeer, base_peer, crop_peers_for, start_all
 from bench.peers.crop_pillow import ONE_THREAD, TWO_THREADS, pillow, pillow_and_copy
@@ -223,7 +224,7 @@ def test_tables_and_report(tmp_path: Path) -> None:
     results, readme, plots = tmp_path / "results", tmp_path / "README.md", tmp_path / "plots"
     RowStore(results).add(rows)
     assert load(results) == json.loads(json.dumps(rows))
-    readme.write_text(f"{BEGIN}\n{END}")
+    readme.write_text("\n".join(markers(SECTION)))
     report.main(["--results", str(results), "--readme", str(readme), "--plots", str(plots)])
     assert [path.name for path in plots.iterdir()] == ["pretended-crop_resize.png"]
     assert "(plots/pretended-crop_resize.png)" in readme.read_text()
