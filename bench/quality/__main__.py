@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 
 from bench.machine import describe_machine
 from bench.markers import update
-from finegrain_ops.tiny_llava.checkpoint import WEIGHTS, CheckpointError, facts_of
+from finegrain_ops.tiny_llava.checkpoint import WEIGHTS, WEIGHTS_FILE, CheckpointError, facts_of
 
 from .measure import PARTS, Part, measure, read_rows, write_rows
 from .plots import write_plots
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows.sort(key=lambda row: PARTS.index((row.difficulty, row.kind)))
         command = f"python -m bench.quality --count {options.count} --split {options.split}"
         facts = describe_machine(torch.device("cpu"), command) | {
-            "weights": trained["sha256"]["model.safetensors"],
+            "weights": trained["sha256"][WEIGHTS_FILE],
             "split": options.split,
         }
         write_rows(options.output / ROWS, rows, facts)

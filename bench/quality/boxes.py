@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import numpy as np
 
+from finegrain_ops.boxes import Box
 from finegrain_ops.tiny_llava.held_out import Asked
-
-Box: TypeAlias = tuple[float, float, float, float]
 
 # DualFocus, Table 5, moves boxes by pixels of pictures of many sizes; here they are pixels of a picture of this side.
 REFERENCE_SIDE = 640

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from finegrain_ops import CoF
-from finegrain_ops.methods.cof import CoFResult
-from finegrain_ops.tiny_llava.held_out import Asked, box_quality, in_batches
+from finegrain_ops.boxes import Box
+from finegrain_ops.tiny_llava.held_out import Asked
 
-from .boxes import Box, oracle_box, wrong_box
-from .plain import MAX_NEW_TOKENS, are_right
-from .rows import Answers, mean
+from .asking import STAND_INS, are_right, ask, box_facts
+from .rows import Answers
 
 WEIGHTS = (1.0, 2.0, 4.5, 10.0, 22.0)  # the paper's presets among them
 # "none": the whole image's attention is raised (Table II, "Reweight" alone).
@@ -38,26 +37,14 @@ def cof_answers(
         for weight in weights:
             method = CoF(model, processor, weight=weight, grounding=which != "none", **options)
             given: list[Box | None] | None = None
-            if which == "oracle":
-                given = [oracle_box(one) for one in asked]
-            elif which == "wrong":
-                given = [wrong_box(one) for one in asked]
+            if which in STAND_INS:
+                given = [STAND_INS[which](one) for one in asked]
             elif which == "predicted" and predicted:
                 given = predicted
-            results = _answers(method, asked, given)
+            results = ask(method, asked, given)
             facts = {}
             if which == "predicted":
                 predicted = predicted or [result.box for result in results]
-                qualities = [box_quality(one, box) for one, box in zip(asked, predicted)]
-                facts = {"iou": mean(qualities), "iou50": mean([float(quality >= 0.5) for quality in qualities])}
+                facts = box_facts(predicted, asked)
             right = are_right([result.text for result in results], asked)
             yield Answers("cof", {"boxes": which, "weight": weight}, right, facts)
-
-
-def _answers(method: CoF, asked: Sequence[Asked], boxes: Sequence[Box | None] | None) -> list[CoFResult]:
-    results: list[CoFResult] = []
-    for batch in in_batches(asked):
-        images, questions = [one.scene.image for one in batch], [one.question.text for one in batch]
-        given = None if boxes is None else boxes[len(results) : len(results) + len(batch)]
-        results += method.answer_batch(images, questions, boxes=given, max_new_tokens=MAX_NEW_TOKENS)
-    return results

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from finegrain_ops import DualFocus
+from finegrain_ops.boxes import Box
 from finegrain_ops.methods.dualfocus import DualFocusResult
-from finegrain_ops.tiny_llava.held_out import Asked, box_quality, in_batches
+from finegrain_ops.tiny_llava.held_out import Asked
 
-from .boxes import Box, moved_box, oracle_box, wrong_box
-from .plain import MAX_NEW_TOKENS, are_right
+from .asking import STAND_INS, are_right, ask, box_facts
+from .boxes import moved_box
 from .rows import Answers, mean
 
 MOVES = (10, 25, 150)  # Table 5; pixels, see boxes.py
@@ -37,31 +38,20 @@ def dualfocus_answers(
     predicted: list[Box | None] = []
     for which in boxes:
         given: list[Box | None] | None = None
-        if which == "oracle":
-            given = [oracle_box(one) for one in asked]
-        elif which == "wrong":
-            given = [wrong_box(one) for one in asked]
+        if which in STAND_INS:
+            given = [STAND_INS[which](one) for one in asked]
         elif which != "predicted":
             pixels = int(which.split()[1])
             given = [None if box is None else moved_box(one, box, pixels) for one, box in zip(asked, predicted)]
-        results = _answers(DualFocus(model, processor), asked, given)
+        results = ask(DualFocus(model, processor), asked, given)
         if which == "predicted":
             predicted = [result.box for result in results]
         yield from _pathways(results, asked, which)
     for threshold in thresholds:
-        results = _answers(DualFocus(model, processor, perplexity_threshold=threshold), asked, None)
+        results = ask(DualFocus(model, processor, perplexity_threshold=threshold), asked, None)
         facts = {"skipped": mean([float(result.reason == "confident") for result in results])}
         right = are_right([result.text for result in results], asked)
         yield Answers("dualfocus", {"answer": "chosen", "boxes": "predicted", "threshold": threshold}, right, facts)
-
-
-def _answers(method: DualFocus, asked: Sequence[Asked], boxes: Sequence[Box | None] | None) -> list[DualFocusResult]:
-    results: list[DualFocusResult] = []
-    for batch in in_batches(asked):
-        images, questions = [one.scene.image for one in batch], [one.question.text for one in batch]
-        given = None if boxes is None else boxes[len(results) : len(results) + len(batch)]
-        results += method.answer_batch(images, questions, boxes=given, max_new_tokens=MAX_NEW_TOKENS)
-    return results
 
 
 def _pathways(results: Sequence[DualFocusResult], asked: Sequence[Asked], which: str) -> Iterator[Answers]:
@@ -69,10 +59,8 @@ def _pathways(results: Sequence[DualFocusResult], asked: Sequence[Asked], which:
     micro = are_right([(result.micro or result.macro).text for result in results], asked)
     chosen = are_right([result.text for result in results], asked)
     either = [a or b for a, b in zip(macro, micro)]
-    qualities = [box_quality(one, result.box) for one, result in zip(asked, results)]
     facts = {
-        "iou": mean(qualities),
-        "iou50": mean([float(quality >= 0.5) for quality in qualities]),
+        **box_facts([result.box for result in results], asked),
         "chose_micro": mean([float(result.chosen == "micro") for result in results]),
         "macro_perplexity": mean([result.macro.perplexity for result in results]),
         "micro_perplexity": mean([(result.micro or result.macro).perplexity for result in results]),

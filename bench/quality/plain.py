@@ -10,9 +10,8 @@ import torch
 from finegrain_ops.methods.prompting import Prompter
 from finegrain_ops.tiny_llava.held_out import Asked, in_batches
 
+from .asking import MAX_NEW_TOKENS, are_right
 from .rows import Answers
-
-MAX_NEW_TOKENS = 4  # of answers; all are one word
 
 
 def plain_answers(model: Any, processor: Any, asked: Sequence[Asked]) -> Answers:
@@ -25,7 +24,3 @@ def plain_answers(model: Any, processor: Any, asked: Sequence[Asked]) -> Answers
             tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         texts += [prompter.decode(row) for row in tokens[:, inputs["input_ids"].shape[1] :]]
     return Answers("plain", {}, are_right(texts, asked), {})
-
-
-def are_right(texts: Sequence[str], asked: Sequence[Asked]) -> list[bool]:
-    return [text == one.question.answer for text, one in zip(texts, asked)]

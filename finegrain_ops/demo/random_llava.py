@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from ..tiny_llava.tokenizer import clip_image_processor_class
+from ..tiny_llava.tokenizer import PATCH_SIZE, clip_image_processor_class, llava_processor
 
-_IMAGE_SIDE, _PATCH = 336, 14
+_IMAGE_SIDE = 336
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _WORDS = [
     "USER",
@@ -117,13 +117,13 @@ def make(seed: int = 0) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         num_hidden_layers=3,
         num_attention_heads=2,
         image_size=_IMAGE_SIDE,
-        patch_size=_PATCH,
+        patch_size=PATCH_SIZE,
     )
     config = LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_index=tokenizer.vocab["<image>"],
-        image_seq_length=(_IMAGE_SIDE // _PATCH) ** 2,
+        image_seq_length=(_IMAGE_SIDE // PATCH_SIZE) ** 2,
         vision_feature_layer=-2,
     )
     with torch.random.fork_rng(devices=[]):
@@ -152,10 +152,4 @@ def _tokenizer() -> PreTrainedTokenizerFast:
 def make_processor(tokenizer: PreTrainedTokenizerFast, side: int = _IMAGE_SIDE) -> LlavaProcessor:
     """LLaVA-1.5's, of images of `side` pixels, with another tokenizer."""
     crop_size = {"height": side, "width": side}
-    return LlavaProcessor(
-        image_processor=clip_image_processor_class()(size={"shortest_edge": side}, crop_size=crop_size),
-        tokenizer=tokenizer,
-        patch_size=_PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    return llava_processor(tokenizer, clip_image_processor_class()(size={"shortest_edge": side}, crop_size=crop_size))

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from .tokenizer import PATCH_SIZE, clip_image_processor_class
+from .tokenizer import clip_image_processor_class, llava_processor
 
 WEIGHTS = Path(__file__).parent / "weights"
 FACTS = "training.json"
-_WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 _FILES = (
-    _WEIGHTS_FILE,
+    WEIGHTS_FILE,
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
@@ -68,14 +68,7 @@ def load(folder: Path | str = WEIGHTS, *, dtype: torch.dtype = torch.float32) ->
         image_processor = clip_image_processor_class().from_pretrained(folder)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: expected a checkpoint of the small LLaVA, {error}") from error
-    processor = LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-    return model.eval(), processor
+    return model.eval(), llava_processor(tokenizer, image_processor)
 
 
 def facts_of(folder: Path | str = WEIGHTS) -> dict[str, Any]:
@@ -87,8 +80,8 @@ def facts_of(folder: Path | str = WEIGHTS) -> dict[str, Any]:
     path = Path(folder) / FACTS
     try:
         facts = json.loads(_read(path))
-        if not isinstance(facts["sha256"], dict) or _WEIGHTS_FILE not in facts["sha256"]:
-            raise ValueError(f"no SHA-256 of {_WEIGHTS_FILE} in it")
+        if not isinstance(facts["sha256"], dict) or WEIGHTS_FILE not in facts["sha256"]:
+            raise ValueError(f"no SHA-256 of {WEIGHTS_FILE} in it")
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path}: expected what a training writes, {error!r}; {_REMEDY}") from error
     return dict(facts)
@@ -98,7 +91,7 @@ def save(model: Any, processor: Any, folder: Path, facts: Mapping[str, Any]) -> 
     """In float16, with what transformers 4 and 5 each look for."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {_released_name(name): weight.detach().half().contiguous() for name, weight in model.state_dict().items()}
-    save_file(weights, folder / _WEIGHTS_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -90,6 +90,13 @@ def draw_card(
     return (float(left), float(top), float(left + glyph.width), float(top + glyph.height)), dot_box
 
 
+def near(rng: np.random.Generator, colour: Sequence[float] | np.ndarray, spread: int) -> RGB:
+    """A colour whose channels are up to `spread` levels off."""
+    levels = np.asarray(colour) + rng.integers(-spread, spread + 1, 3)
+    red, green, blue = (int(level) for level in levels.clip(0, 255))
+    return red, green, blue
+
+
 def ink_on(paint: RGB) -> RGB:
     """Dark on light colours, light on dark ones."""
     return _DARK if 0.3 * paint[0] + 0.6 * paint[1] + 0.1 * paint[2] > 110 else _LIGHT

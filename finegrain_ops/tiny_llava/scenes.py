@@ -15,7 +15,7 @@ import numpy as np
 from PIL import ImageDraw
 
 from ..boxes import Box
-from .drawing import RGB, draw_background, draw_card, draw_clutter, draw_noise
+from .drawing import RGB, draw_background, draw_card, draw_clutter, draw_noise, near
 
 COLOURS: dict[str, RGB] = {
     "red": (214, 40, 40),
@@ -153,10 +153,8 @@ def _other(rng: np.random.Generator, names: Sequence[str], colour: str) -> str:
 
 
 def _paint(rng: np.random.Generator, colour: RGB, other: RGB, difficulty: Difficulty) -> RGB:
-    spread = rng.integers(-difficulty.colour_spread, difficulty.colour_spread + 1, 3)
-    mixed = np.array(colour) * (1 - difficulty.nearness) + np.array(other) * difficulty.nearness + spread
-    red, green, blue = (int(level) for level in mixed.clip(0, 255))
-    return red, green, blue
+    mixed = np.array(colour) * (1 - difficulty.nearness) + np.array(other) * difficulty.nearness
+    return near(rng, mixed, difficulty.colour_spread)
 
 
 def intersection_over_union(a: Box, b: Box) -> float:

@@ -70,21 +70,28 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def unknown_words(tokenizer: Any, text: str) -> list[str]:
     """The pieces of a text that the model has no word for."""
     pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return [piece.strip() for piece, _ in pieces if piece not in tokenizer.get_vocab()]
+    known = tokenizer.get_vocab()
+    return [piece.strip() for piece, _ in pieces if piece not in known]
 
 
 def make_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Images are squashed to 112 x 112: scenes are square, and of crops nothing is cut off."""
     side = {"height": IMAGE_SIDE, "width": IMAGE_SIDE}
+    image_processor = clip_image_processor_class()(
+        size=side,
+        crop_size=side,
+        do_center_crop=False,
+        resample=3,  # bicubic
+        image_mean=[IMAGE_MEAN] * 3,
+        image_std=[IMAGE_STD] * 3,
+    )
+    return llava_processor(tokenizer, image_processor)
+
+
+def llava_processor(tokenizer: PreTrainedTokenizerFast, image_processor: Any) -> LlavaProcessor:
+    """Of a LLaVA-1.5 whose patches have 14 pixels."""
     return LlavaProcessor(
-        image_processor=clip_image_processor_class()(
-            size=side,
-            crop_size=side,
-            do_center_crop=False,
-            resample=3,  # bicubic
-            image_mean=[IMAGE_MEAN] * 3,
-            image_std=[IMAGE_STD] * 3,
-        ),
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",

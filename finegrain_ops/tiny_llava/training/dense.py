@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ...boxes import Box
-from ..drawing import NUM_SPECKS, RGB, glyph_mask, ink_on
-from ..scenes import COLOURS, LETTERS, SHAPES
+from ..drawing import NUM_SPECKS, glyph_mask, ink_on, near
+from ..scenes import COLOURS, LETTERS, PLAIN, SHAPES
 from ..tokenizer import IMAGE_SIDE, PATCH_SIZE
 from .rendered import CROPS, WHOLE, RenderedScenes, Sample
 
@@ -33,10 +33,8 @@ _NONE_WEIGHT = 0.2  # most patches show no letter
 _EDGES = 4
 _EDGE_WEIGHT, _EDGE_BETA = 10.0, 0.02
 _CELL = 28  # pixels of a sheet's cells
-_SHOWN, _NOT_SHOWN = (
-    0.2,
-    0.02,
-)  # of a letter or dot, the share in a patch from which it is labelled, and up to which not
+# Of a letter or dot, the share in a patch from which the patch is labelled with it, and that up to which it shows none.
+_SHOWN, _NOT_SHOWN = 0.2, 0.02
 
 
 class DenseBatch(NamedTuple):
@@ -105,8 +103,7 @@ def _labels(sample: Sample, which: int) -> np.ndarray:
     if which != WHOLE:  # in which no letter can be read
         letters = [(LETTERS.index(card.letter), _seen(card.letter_box, view)) for card in sample.cards]
         dots = [(_NAMES.index(card.dot), _seen(card.dot_box, view)) for card in sample.cards]
-        labels[..., _LETTER] = _spots(letters, _CLASSES[_LETTER] - 1)
-        labels[..., _DOT] = _spots(dots, _CLASSES[_DOT] - 1)
+        _label_spots(labels, letters, dots)
     return labels.reshape(_SIDE * _SIDE, -1)
 
 
@@ -121,7 +118,7 @@ def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     for k in range(num_cells**2):
         x, y = k % num_cells * _CELL, k // num_cells * _CELL
         colour, other = (int(i) for i in rng.permutation(len(_NAMES))[:2])
-        paint = _paint(rng, colour)
+        paint = near(rng, COLOURS[_NAMES[colour]], PLAIN.colour_spread)
         canvas.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), fill=paint)
         for _ in range(NUM_SPECKS):
             u, v = rng.integers(0, _CELL - 3, 2).tolist()
@@ -142,10 +139,15 @@ def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         letters.append((letter, _box_of(letter_x - shift[0], letter_y - shift[1], glyph.width, glyph.height)))
         dots.append((other, _box_of(dot_x - shift[0], dot_y - shift[1], diameter, diameter)))
     labels = _unlabelled()
-    labels[..., _LETTER] = _spots(letters, _CLASSES[_LETTER] - 1)
-    labels[..., _DOT] = _spots(dots, _CLASSES[_DOT] - 1)
+    _label_spots(labels, letters, dots)
     seen = image.crop((*shift, shift[0] + IMAGE_SIDE, shift[1] + IMAGE_SIDE))
     return np.asarray(seen), labels.reshape(_SIDE * _SIDE, -1)
+
+
+def _label_spots(labels: np.ndarray, letters: list[tuple[int, Box]], dots: list[tuple[int, Box]]) -> None:
+    """Of (patches, patches, 8) labels those of letters and dots, where `_spots` finds them."""
+    for part, boxes in ((_LETTER, letters), (_DOT, dots)):
+        labels[..., part] = _spots(boxes, _CLASSES[part] - 1)
 
 
 def _spots(boxes: list[tuple[int, Box]], none: int) -> np.ndarray:
@@ -182,12 +184,6 @@ def _share_in_patches(low: float, high: float) -> np.ndarray:
     edges = np.arange(_SIDE + 1) * PATCH_SIZE
     overlap = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
     return overlap.clip(0, None) / (high - low)
-
-
-def _paint(rng: np.random.Generator, colour: int) -> RGB:
-    levels = np.array(COLOURS[_NAMES[colour]]) + rng.integers(-12, 13, 3)
-    red, green, blue = (int(level) for level in levels.clip(0, 255))
-    return red, green, blue
 
 
 def _unlabelled() -> np.ndarray:
