@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from bench.machine import describe_machine
-from bench.markers import update
+from bench.markers import replace_between, update
 from finegrain_ops.tiny_llava.checkpoint import WEIGHTS, WEIGHTS_FILE, CheckpointError, facts_of
 
 from .measure import PARTS, Part, measure, read_rows, write_rows
@@ -37,6 +37,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error(f"--count: expected at least 1, got {options.count}")
+    if options.readme:
+        try:  # now, not after a quarter of an hour
+            replace_between(options.readme.read_text("utf-8"), SECTION, "")
+        except (OSError, ValueError) as error:
+            parser.error(f"--readme: {error}")
     transformers.logging.set_verbosity_error()
     if not options.stored:
         try:

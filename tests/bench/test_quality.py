@@ -169,6 +169,17 @@ def test_stored_rows_become_tables_and_plots(tmp_path: Path) -> None:
         assert f"]({name}.png)" in text
 
 
+def test_a_readme_without_a_place_is_a_usage_error_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = tmp_path / "front.md"
+    readme.write_text("no markers")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--model", str(tmp_path), "--readme", str(readme)])
+    assert stopped.value.code == 2
+    assert "--readme: expected exactly one" in capsys.readouterr().err
+
+
 def test_a_model_that_is_not_there_is_a_usage_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         command.main(["--model", str(tmp_path)])
