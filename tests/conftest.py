@@ -51,6 +51,15 @@ def device() -> str:
     return DEVICE
 
 
+@pytest.fixture(autouse=True)
+def no_precision_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 4's TrainingArguments(bf16=True) sets it for the whole process: the next Trainer would compute in
+    bfloat16, and wrap the model's forward.
+    """
+    name = "ACCELERATE_MIXED_PRECISION"
+    monkeypatch.setenv(name, os.environ.get(name, "no"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects what cannot run here, and all but a fixed sample of the slow sweeps."""
     slow = [item for item in items if item.get_closest_marker("slow")]
