@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from .tokenizer import IMAGE_SIDE, IMAGE_TOKENS, PATCH_SIZE, vocabulary
+from .tokenizer import IMAGE_SIDE, IMAGE_TOKENS, NUMBER_WORDS, PATCH_SIZE, vocabulary
 
 WIDTH, HEADS, LAYERS = 128, 4, 4
 _INITIAL_STD = 0.08  # transformers' 0.02 is far too small for a model this narrow
@@ -53,11 +53,15 @@ def new_model(seed: int) -> LlavaForConditionalGeneration:
     """With random weights, in train mode: those that a training from nothing begins with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlavaForConditionalGeneration(configuration())
+        model: Any = LlavaForConditionalGeneration(configuration())
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.ndim == 2 and "vision_tower" not in name:
                     nn.init.normal_(weight, std=_INITIAL_STD)
+            first = vocabulary().index(NUMBER_WORDS[0])
+            words = model.get_input_embeddings().weight
+            words[first : first + len(NUMBER_WORDS)] += _INITIAL_STD * _number_waves(len(NUMBER_WORDS), WIDTH)
+            model.get_output_embeddings().weight.copy_(words)
             positions = embeddings_of(model).position_embedding.weight
             positions[1:] = 0.3 * _waves(IMAGE_SIDE // PATCH_SIZE, WIDTH)
     return model.train()
@@ -66,6 +70,13 @@ def new_model(seed: int) -> LlavaForConditionalGeneration:
 def embeddings_of(model: Any) -> Any:
     """CLIP's embeddings of patches and positions, wherever the installed transformers keeps them."""
     return next(module for module in model.modules() if type(module).__name__ == "CLIPVisionEmbeddings")
+
+
+def _number_waves(count: int, width: int) -> Tensor:
+    """(count, width): sines and cosines of each number, by which near ones are alike from the start."""
+    turns = torch.logspace(-2, 3, width // 2, base=2.0)  # over all numbers: from a quarter to eight
+    angles = 2 * torch.pi * turns * torch.arange(count)[:, None] / count
+    return 2**0.5 * torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def _waves(side: int, width: int) -> Tensor:

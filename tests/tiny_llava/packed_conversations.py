@@ -28,7 +28,7 @@ class Conversation(NamedTuple):
 
     Attributes:
         form: "plain"; "box" and "grounding", which ask for one; "two rounds" of DualFocus. With ", elsewhere" where the
-            box is not the true one.
+            box is not the true one. "name", "name, box": a card's colour or shape, and what follows it.
         places: of the tokens in the row.
     """
 
@@ -54,7 +54,7 @@ class Reader:
         self._said = functools.cache(self._uncached_said)
 
     def conversations(self, batch: PackedBatch, i: int, sample: Sample) -> list[Conversation]:
-        """Of row i, each up to the end of an answer.
+        """Of row i, each up to the end of an answer, or to a token that no other sees.
 
         Raises:
             AssertionError: one of them is none that could be about the sample.
@@ -62,7 +62,8 @@ class Reader:
         inputs = batch.inputs
         ids, mask = inputs["input_ids"][i], inputs["attention_mask"][i, 0]
         found = []
-        for end in (ids == self._end[0]).nonzero()[:, 0].tolist():
+        is_unseen = (mask.sum(0) == 1) & (ids != self._pad)
+        for end in ((ids == self._end[0]) | is_unseen).nonzero()[:, 0].tolist():
             places = mask[end].nonzero()[:, 0]
             assert places[-1] == end
             assert inputs["position_ids"][i, places].tolist() == list(range(len(places)))
@@ -71,6 +72,8 @@ class Reader:
 
     def _recognised(self, ids: list[int], labels: list[int], places: Tensor, sample: Sample) -> Conversation:
         text = self.prompter.tokenizer.decode(ids)
+        if "ASSISTANT" not in text:
+            return self._named(ids, labels, places, sample)
         of_kinds = questions_about(sample.cards, sample.side).values()
         for question in [*itertools.chain.from_iterable(of_kinds), caption(sample.cards)]:
             if f"{question.text} ASSISTANT:" not in text and f"{question.text}\n" not in text:
@@ -82,6 +85,22 @@ class Reader:
                     return Conversation(form, question, ids, labels, places)
         short = text.replace("<image>" * 64, "<image>")
         raise AssertionError(f"no method says this, or not these are the labels: {short!r}, {labels}")
+
+    def _named(self, ids: list[int], labels: list[int], places: Tensor, sample: Sample) -> Conversation:
+        *opening, _ = self._first("")  # what an empty question ends with is " ASSISTANT:"
+        for k, card in enumerate(sample.cards):
+            for word, rest in ((card.colour, card.shape), (card.shape, card.colour)):
+                if sum(word in (other.colour, other.shape) for other in sample.cards) > 1:
+                    continue
+                bracket, *numbers = self._box(self._dualfocus, card.box, int(sample.side))[:-1]
+                given = [*opening, *self._said(f" {word}")[:-1]]
+                for form, start, learnt in (
+                    ("name", given, self._said(f" {rest}")[:-1]),
+                    ("name, box", [*given, bracket], numbers),
+                ):
+                    if (ids, labels) == ([*start, *learnt], [*(IGNORED for _ in start), *learnt]):
+                        return Conversation(form, Question(form, word, rest, k), ids, labels, places)
+        raise AssertionError(f"no card is named so, or not these are the labels: {ids[len(opening) :]}, {labels}")
 
     def _forms(
         self, question: Question, sample: Sample, text: str

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from PIL import Image, ImageDraw
 from finegrain_ops.boxes import Box
 from finegrain_ops.tiny_llava.model import new_model
 from finegrain_ops.tiny_llava.scenes import COLOURS, LETTERS, SHAPES
+from finegrain_ops.tiny_llava.tokenizer import vocabulary
 from finegrain_ops.tiny_llava.training import dense
 from finegrain_ops.tiny_llava.training.dense import DenseHead, dense_batch
 from finegrain_ops.tiny_llava.training.packing import pixel_values
@@ -49,8 +49,8 @@ def labels_of(sample: Sample, which: int) -> list[list[float]]:
                 outside = [max(x0 - x, x - x1) / patch[0], max(y0 - y, y - y1) / patch[1]]
                 if max(outside) < 0.35:
                     labels[:2] = COLOUR_NAMES.index(card.colour), SHAPES.index(card.shape)
-                    labels[4:6] = (x - x0) / (patch[0] * PATCHES), (y - y0) / (patch[1] * PATCHES)
-                    labels[6:] = (x1 - x) / (patch[0] * PATCHES), (y1 - y) / (patch[1] * PATCHES)
+                    if which == WHOLE:
+                        labels[4:] = (edge / sample.side for edge in card.box)
             if which != WHOLE:
                 held = [share_held(card.letter_box, corner, patch) for card in sample.cards]
                 labels[2] = spot(held, letters, is_whole[::2], NO_LETTER)
@@ -197,55 +197,72 @@ def test_sheets_show_letters_in_ink(data) -> None:
 
 
 def test_the_loss_is_that_of_its_parts(data) -> None:
-    """Written out one patch at a time. That a patch shows no letter, or no dot, counts a fifth, and not as right."""
+    """Written out one patch at a time, with words looked up by their text. That a patch shows no letter, or no dot,
+    counts a fifth, and not as right.
+    """
     batch = dense_batch(data, np.random.default_rng(2), 8, 0.25)
     torch.manual_seed(0)
-    head, features = DenseHead(5), torch.randn(8, 64, 5)
-    with torch.no_grad():
-        loss, right = head.loss(features, batch.labels)
-        outputs = head(features).double().flatten(0, 1).tolist()
-    ends = list(itertools.accumulate([0, len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1, 4]))
+    head, features, embeddings = DenseHead(5), torch.randn(8, 64, 5), 0.1 * torch.randn(len(vocabulary()), 5)
+    loss, right = head.loss(features, batch.labels, embeddings)
+
+    def said(feature: torch.Tensor, words: Sequence[str], *none: torch.Tensor) -> list[float]:
+        """Scores of words, and of none of them."""
+        known = [10 * float(feature @ embeddings[vocabulary().index(word)]) for word in words]
+        return known + [float(score) for score in none]
+
+    words = {name: [f" {word}" for word in of] for name, of in (("colour", COLOURS), ("shape", SHAPES))}
+    words |= {"letter": [f" {word}" for word in LETTERS], "dot": words["colour"]}
+    numbers = [f"{k / 100:.2f}" for k in range(101)]
     losses: dict[str, list[tuple[float, float]]] = {}  # with the weight of each
     hits: dict[str, list[bool]] = {}
-    for output, labels in zip(outputs, batch.labels.flatten(0, 1).tolist()):
-        parts = [output[a:b] for a, b in itertools.pairwise(ends)]
-        for name, scores, label in zip(("colour", "shape", "letter", "dot"), parts, labels):
-            if label != NONE:
-                is_nothing = (name, label) in (("letter", NO_LETTER), ("dot", NO_DOT))
-                log_sum = math.log(sum(map(math.exp, scores)))
-                losses.setdefault(name, []).append((log_sum - scores[int(label)], 0.2 if is_nothing else 1.0))
-                if not is_nothing:
-                    hits.setdefault(name, []).append(max(scores) == scores[int(label)])
-        if labels[1] != NONE:
-            for edge, label in zip(parts[4], labels[4:]):
-                off = abs(edge - label)
-                losses.setdefault("edges", []).append((0.5 * off**2 / 0.02 if off < 0.02 else off - 0.01, 1.0))
+
+    def count(name: str, scores: list[float], label: int, weight: float = 1.0, near: int = 0) -> None:
+        log_sum = math.log(sum(map(math.exp, scores)))
+        losses.setdefault(name, []).append((log_sum - scores[label], weight))
+        if weight == 1.0:
+            hits.setdefault(name, []).append(abs(max(range(len(scores)), key=lambda k: scores[k]) - label) <= near)
+
+    with torch.no_grad():
+        for feature, labels in zip(features.flatten(0, 1), batch.labels.flatten(0, 1).tolist()):
+            nothing = head.none(feature)
+            none = {"colour": nothing[:1], "shape": nothing[:0], "letter": nothing[1:2], "dot": nothing[2:]}
+            for name, label in zip(words, labels):
+                if label != NONE:
+                    is_nothing = (name, label) in (("letter", NO_LETTER), ("dot", NO_DOT))
+                    seen = head.dot.weight @ feature if name == "dot" else feature
+                    count(name, said(seen, words[name], *none[name]), int(label), 0.2 if is_nothing else 1.0)
+            if labels[4] != NONE:
+                for edge, label in zip(head.edges.weight.reshape(4, 5, 5), labels[4:]):
+                    count("edges", said(edge @ feature, numbers), round(label * 100), near=2)
     means = {name: sum(a * b for a, b in of) / sum(b for _, b in of) for name, of in losses.items()}
-    expected = means["colour"] + means["shape"] + means["letter"] + means["dot"] + 10 * means["edges"]
+    expected = means["colour"] + means["shape"] + means["letter"] + means["dot"] + means["edges"]
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert right == pytest.approx({name: sum(of) / len(of) for name, of in hits.items()})
 
 
 def test_parts_that_are_not_labelled_have_no_loss(data) -> None:
-    head, features = DenseHead(5), torch.randn(2, 64, 5)
+    head, features, embeddings = DenseHead(5), torch.randn(2, 64, 5), torch.randn(len(vocabulary()), 5)
     whole = torch.tensor([labels_of(data.samples[i], WHOLE) for i in (0, 1)])
-    loss, right = head.loss(features, whole)
+    loss, right = head.loss(features, whole, embeddings)
     assert loss.isfinite()
-    assert set(right) == {"colour", "shape"}
+    assert set(right) == {"colour", "shape", "edges"}
     sheets = dense_batch(data, np.random.default_rng(0), 2, 1.0).labels
-    loss, right = head.loss(features, sheets)
+    loss, right = head.loss(features, sheets, embeddings)
     assert loss.isfinite()
     assert set(right) == {"letter", "dot"}
 
 
 def test_a_tower_learns_a_batch(data) -> None:
-    """The small model's own, from its first weights."""
+    """The small model's own, from its first weights, to say what it sees in the language model's words."""
     batch = dense_batch(data, np.random.default_rng(3), 4, 0.25)
-    tower, head = new_model(0).model.vision_tower, DenseHead(128)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3)
+    model, head = new_model(0), DenseHead(128)
+    tower, projector, words = model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()
+    trained = [weight for part in (tower, projector, words, head) for weight in part.parameters()]
+    optimizer = torch.optim.AdamW(trained, lr=2e-3)
     images, losses, rights = pixel_values(batch.images), [], []
     for _ in range(14):
-        loss, right = head.loss(tower(images).last_hidden_state[:, 1:], batch.labels)
+        features = projector(tower(images).last_hidden_state[:, 1:])
+        loss, right = head.loss(features, batch.labels, words.weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

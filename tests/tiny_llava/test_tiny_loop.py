@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from finegrain_ops.tiny_llava.model import embeddings_of, new_model
+from finegrain_ops.tiny_llava.tokenizer import NUMBER_WORDS, vocabulary
 from finegrain_ops.tiny_llava.training import loop, rendered
 from finegrain_ops.tiny_llava.training.dense import dense_batch
-from finegrain_ops.tiny_llava.training.loop import STATE, Run, Settings, Stage, schedule
+from finegrain_ops.tiny_llava.training.loop import STATE, Run, Settings, Stage, schedule, weight_of_boxes
 from finegrain_ops.tiny_llava.training.packing import IGNORED, Packer
 from packed_conversations import logits_of
 
@@ -168,7 +169,7 @@ def test_another_seed_is_another_run(tmp_path) -> None:
         assert same_weights(run.model.state_dict(), new_model(seed).state_dict())
     first, second = (weights_of(run) for run in runs.values())
     assert same_weights(first, weights_of(Run(tmp_path, TINY, workers=1)))
-    assert {"head.weight", "model.language_model.norm.weight"} & changed(first, second) == {"head.weight"}
+    assert {"head.dot.weight", "model.language_model.norm.weight"} & changed(first, second) == {"head.dot.weight"}
     assert len(changed(first, second)) > 50
 
 
@@ -176,19 +177,37 @@ def test_another_seed_is_another_run(tmp_path) -> None:
 
 
 def test_what_each_stage_trains(folder: Path) -> None:
-    """The tower and its head; and all. Of the tower's last norm, which LLaVA does not use, nothing changes; and biases
-    of keys have no effect on attention.
+    """The tower and what says what it sees: projector, words and head; and all. Of the tower's last norm, which LLaVA
+    does not use, nothing changes; and biases of keys have no effect on attention.
     """
-    run = Run(folder, TINY, workers=1)
+    some_of_all = {name: replace(stage, dense_images=8) for name, stage in TINY.stages.items()}
+    run = Run(folder, replace(TINY, **some_of_all), workers=1)
     steps, before = run.train(), weights_of(run)
     fixed = {name for name in before if "post_layernorm" in name or "position_ids" in name or "k_proj.bias" in name}
-    of_tower = {name for name in before if "vision_tower" in name or name.startswith("head.")}
+    seeing = ("vision_tower", "multi_modal_projector", "embed_tokens")
+    of_tower = {name for name in before if name.startswith("head.") or any(part in name for part in seeing)}
     for name, trained in {"tower": of_tower, "language": set(before)}.items():
         for _ in range(TINY.stages[name].steps):
             next(steps)
         after = weights_of(run)
         assert trained - fixed <= changed(before, after) <= trained, name
         before = after
+
+
+def test_the_language_model_begins_with_the_words_that_the_tower_learnt(folder: Path) -> None:
+    """It says them as it reads them."""
+    run = Run(folder, only("language", lr=0.0), workers=1)
+    words = run.model.get_input_embeddings().weight
+    with torch.no_grad():
+        words += torch.randn_like(words)
+    take(run, 1, 1e9)
+    assert torch.equal(run.model.get_output_embeddings().weight, words)
+    with torch.no_grad():
+        words += 1
+    run.save()
+    resumed = Run(folder, only("language", lr=0.0), workers=1)
+    take(resumed, 1, 1e9)
+    assert not torch.equal(resumed.model.get_output_embeddings().weight, resumed.model.get_input_embeddings().weight)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -242,7 +261,7 @@ def test_history_has_what_each_stage_is_about(whole: Run) -> None:
     for row in whole.history:
         assert np.isfinite(row["dense"])
         assert {"loss", "right"} & row.keys() == ({"loss", "right"} if row["stage"] == "language" else set())
-        shares = row.keys() & {"right", "colour", "shape", "letter", "dot"}
+        shares = row.keys() & {"right", "colour", "shape", "letter", "dot", "edges"}
         assert len(shares) > 1  # two pictures need not show all
         assert all(0 <= row[name] <= 1 for name in shares)
 
@@ -257,12 +276,14 @@ def test_the_language_loss_is_of_each_next_token_that_is_learnt(name: str, folde
     take(run, 1, 1e9)
     (batch,) = batches
     logits = logits_of(new_model(0), batch.inputs)
-    terms, hits = [], []
+    terms, weights, hits = [], [], []
     for row, place in (batch.labels != IGNORED).nonzero().tolist():
-        said = logits[row, place - 1]
-        terms.append(-said.log_softmax(-1)[batch.labels[row, place]].item())
-        hits.append(said.argmax().item() == batch.labels[row, place].item())
-    assert run.history[0]["loss"] == pytest.approx(np.mean(terms), rel=1e-4)
+        said, label = logits[row, place - 1], batch.labels[row, place].item()
+        terms.append(-said.log_softmax(-1)[label].item())
+        weights.append(0.1 if vocabulary()[label] in NUMBER_WORDS else 1.0)  # in the first step
+        hits.append(said.argmax().item() == label)
+    assert set(weights) == ({0.1, 1.0} if name == "scenes" else {1.0})
+    assert run.history[0]["loss"] == pytest.approx(np.average(terms, weights=weights), rel=1e-4)
     assert run.history[0]["right"] == pytest.approx(np.mean(hits))
 
 
@@ -275,17 +296,36 @@ def test_the_second_stages_gradient_is_that_of_both_losses(folder: Path, data) -
     run.model.zero_grad()
     run._head.zero_grad()
     rng = np.random.default_rng((0, 1, 0))
-    of_language, _ = run._language_loss(run.settings.language, data, Packer(), rng)
+    of_language, _ = run._language_loss(run.settings.language, 0, data, Packer(), rng)
     of_tower, _ = run._dense_loss(run.settings.language, data, rng)
-    assert run.history[0]["loss"] == pytest.approx(of_language.item(), rel=1e-5)
+    assert of_language.item() > run.history[0]["loss"]  # where it looks counts too
     assert run.history[0]["dense"] == pytest.approx(of_tower.item(), rel=1e-5)
-    expected = torch.autograd.grad(of_language + of_tower, weights, allow_unused=True)
+    expected = torch.autograd.grad(of_language + 0.25 * of_tower, weights, allow_unused=True)
     norm = torch.stack([gradient.norm() for gradient in expected if gradient is not None]).norm()
     assert norm > 1
     for a, b in zip(found, expected):
         assert (a is None) == (b is None)
         if b is not None:
             torch.testing.assert_close(a, b / norm, rtol=1e-3, atol=1e-6)
+
+
+def test_where_it_looks_counts_by_its_weight(folder: Path, data) -> None:
+    run = Run(folder, TINY, workers=1)
+    losses = []
+    for weight in (0.0, 0.3):
+        stage = replace(TINY.language, looking=weight, share_of_crops=0.0)
+        loss, facts = run._language_loss(stage, 0, data, Packer(), np.random.default_rng(0))
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(facts["loss"], rel=1e-5)
+    assert 0 < facts["looks"] < 1
+    assert 0.3 * 1.0 < losses[1] - losses[0] < 0.3 * 6.0  # -log of a share
+
+
+def test_boxes_come_to_count() -> None:
+    stage = replace(TINY.language, boxes_after=1000)
+    weights = [weight_of_boxes(step, stage) for step in (0, 500, 1000, 5000)]
+    assert weights == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert weight_of_boxes(0, replace(stage, boxes_after=0)) == 1.0
 
 
 def recorded(function: Callable[..., Any], calls: list[Any]) -> Callable[..., Any]:
@@ -325,7 +365,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32(folder: Path) -> None:
     run = Run(folder, only("language", replace(TINY, bfloat16=True), steps=1), workers=1)
     dtypes = []
     in_tower = next(module for name, module in run.model.named_modules() if name.endswith("mlp.fc1"))
-    for module in (in_tower, run.model.lm_head, run._head):
+    for module in (in_tower, run.model.lm_head, run._head.dot):
         module.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
     list(run.train())
     assert dtypes == [torch.bfloat16] * 3 + [torch.float32]  # the tower ran twice
@@ -340,7 +380,7 @@ def test_the_loss_falls_on_two_scenes(tmp_path, rendering_here, monkeypatch) -> 
     """From that of guessing among all words to well below it; and more tokens are right."""
     monkeypatch.setattr(rendered, "multiprocessing", rendering_here)
     settings = replace(TINY, num_scenes=2)
-    settings = only("language", settings, steps=12, lr=3e-3, final=1.0, rows=2, dense_images=1, share_of_crops=0.0)
+    settings = only("language", settings, steps=20, lr=3e-3, final=1.0, rows=2, dense_images=1, share_of_crops=0.0)
     run = Run(tmp_path, settings, workers=1)
     list(run.train())
     losses, right = ([row[name] for row in run.history] for name in ("loss", "right"))

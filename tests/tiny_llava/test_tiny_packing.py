@@ -31,7 +31,7 @@ def reader(model, processor) -> Reader:
 @pytest.fixture(scope="module")
 def packed(data):
     """One row for each of 32 scenes."""
-    return Packer().scenes(data, ROWS, np.random.default_rng(0))
+    return Packer().scenes(data, ROWS, np.random.default_rng(2))
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +86,32 @@ def test_conversations_are_the_methods_and_learn_answers_alone(of: str, request)
 
 
 def test_what_is_asked_about_a_scene(said, data) -> None:
-    """Each kind once where there is one, letters and dots less often; as many boxes of each; and one conversation of
-    two rounds.
+    """Each kind where there is one, letters and dots less often; colours, shapes and which is left of which twice where
+    there are two; as many boxes of each; one conversation of two rounds; and names of cards, by a colour or shape that
+    no other has.
     """
     num_unreadable, num_boxes = 0, set()
     for row, sample in zip(said, data.samples):
-        there_are = {kind for kind, found in questions_about(sample.cards, sample.side).items() if found}
+        found = questions_about(sample.cards, sample.side)
+        there_are = {kind for kind in found if found[kind]}
         plain = Counter(c.question.kind for c in row if c.form == "plain")
-        assert set(plain.values()) == {1}
+        for kind, count in plain.items():
+            assert count == (min(2, len(found[kind])) if kind in ("colour", "shape", "left_of") else 1)
+        asked = [c.question.text for c in row if c.form == "plain"]
+        assert len(set(asked)) == len(asked)
         assert {"caption", *there_are} - set(LOCAL_KINDS) <= set(plain) <= {"caption", *there_are}
         num_unreadable += sum(plain[kind] for kind in LOCAL_KINDS)
         forms = Counter(c.form for c in row if c.form != "plain")
         elsewhere = forms.pop("box, elsewhere", 0)
         assert elsewhere == forms.pop("two rounds, elsewhere", 0)
         assert forms["two rounds"] + elsewhere == 1
+        num_alone = [
+            sum(words.count(word) == 1 for word in words)
+            for words in ([card.colour for card in sample.cards], [card.shape for card in sample.cards])
+        ]
+        named = [c.question.text for c in row if c.form == "name"]
+        assert sorted(named) == sorted(c.question.text for c in row if c.form == "name, box")
+        assert len(set(named)) == len(named) == sum(min(2, count) for count in num_alone)
         num_boxes.add((forms["box"] + elsewhere, forms["grounding"]))
     assert 0.1 < num_unreadable / (2 * len(said)) < 0.6
     ((num_first, num_grounding),) = num_boxes

@@ -58,12 +58,12 @@ def run_command(monkeypatch, scenes_folder, tmp_path):
 
 def test_from_nothing_to_a_checkpoint(run_command, tmp_path, capsys) -> None:
     output = tmp_path / "output"
-    counts = run_command("--seed", "3", "--float32", "--output", str(output))
+    counts = run_command("--seed", "3", "--output", str(output))
     assert [count for count, _ in counts] == [64, 400]  # after two steps of talking, and in the end
     facts = facts_of(output)
     assert facts["seed"] == 3
     assert facts["validation"]["count"] == {"macro": 0.125, "boxes": 0.5}
-    trained = Run(run_command.folder, tiny_settings(seed=3, bfloat16=False), workers=1)
+    trained = Run(run_command.folder, tiny_settings(seed=3), workers=1)
     assert trained.is_finished
     assert facts["minutes"] == pytest.approx(trained.seconds / 60)
     model, _ = load(output)
@@ -87,23 +87,23 @@ def test_from_nothing_to_a_checkpoint(run_command, tmp_path, capsys) -> None:
 
 def test_the_same_command_again_goes_on_and_writes_into_its_folder(run_command) -> None:
     """From after the steps at which the model would have been validated before the end."""
-    first = Run(run_command.folder, tiny_settings(seed=0, bfloat16=False), workers=1)
+    first = Run(run_command.folder, tiny_settings(seed=0), workers=1)
     steps = first.train(0.0)
     assert [next(steps) for _ in range(4)][-1] == ("language", 2)
     steps.close()
-    assert run_command("--float32") == [(400, True)]
+    assert run_command() == [(400, True)]
     load(run_command.folder / "checkpoint")
-    finished = Run(run_command.folder, tiny_settings(seed=0, bfloat16=False), workers=1)
+    finished = Run(run_command.folder, tiny_settings(seed=0), workers=1)
     assert finished.history[:4] == first.history
     assert len(finished.history) == 5
 
 
 def test_other_options_want_another_folder(run_command) -> None:
-    Run(run_command.folder, tiny_settings(seed=0, bfloat16=False), workers=1).save()
+    Run(run_command.folder, tiny_settings(seed=0), workers=1).save()
     with pytest.raises(ValueError, match="choose another folder"):
-        run_command("--seed", "1", "--float32")
+        run_command("--seed", "1")
     with pytest.raises(ValueError, match="choose another folder"):
-        run_command()
+        run_command("--bfloat16")
 
 
 # --- its curve ---

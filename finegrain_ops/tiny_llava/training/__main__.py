@@ -28,11 +28,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the checkpoint goes; default: checkpoint/ in the folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--float32", action="store_true", help="no bfloat16, for processors that are slow at it")
+    parser.add_argument("--bfloat16", action="store_true", help="for processors with AVX-512 BF16 or AMX: faster there")
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(options.threads)
-    run = Run(options.folder, Settings(seed=options.seed, bfloat16=not options.float32), workers=options.threads)
+    run = Run(options.folder, Settings(seed=options.seed, bfloat16=options.bfloat16), workers=options.threads)
     processor = make_processor(make_tokenizer())
     for stage, step in run.train():
         if stage != "tower" and step % _VALIDATE_EVERY == 0 and not run.is_finished:

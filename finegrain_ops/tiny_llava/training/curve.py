@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_PARTS = {"tower": ("colour", "shape", "letter", "dot"), "language": ("right", "letter", "dot")}
+_PARTS = {"tower": ("colour", "shape", "letter", "dot", "edges"), "language": ("right", "looks", "letter", "dot")}
 _SMOOTHED_OVER = 50  # steps
 
 

@@ -1,13 +1,18 @@
 """What each patch of an image shows, as labels for the vision tower: it learns to see before the language model talks,
 and does not forget what is seldom talked about.
 
-A patch says which card it lies on, with its colour, shape and how far its edges are; in a crop also which letter and
-which dot is on it, or that there is none. Besides there are sheets full of letters and dots, at any place: from crops
-alone, which have one of each, they are learnt an order of magnitude slower.
+A patch says which card it lies on, with its colour and its shape; in a whole scene also where the card's edges are, in
+a crop which letter and which dot is on it, or that there is none. It says so in the language model's own words: what
+comes out of the projector is compared with their embeddings. So a question's "circle" and the patches of a circle are
+alike before the language model has learnt anything, and it has but to look for what is alike.
+
+Besides there are sheets full of letters and dots, at any place: from crops alone, which have one of each, they are
+learnt an order of magnitude slower.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +24,7 @@ from torch import Tensor, nn
 from ...boxes import Box
 from ..drawing import NUM_SPECKS, glyph_mask, ink_on, near
 from ..scenes import COLOURS, LETTERS, PLAIN, SHAPES
-from ..tokenizer import IMAGE_SIDE, PATCH_SIZE
+from ..tokenizer import IMAGE_SIDE, NUMBER_WORDS, PATCH_SIZE, vocabulary
 from .rendered import CROPS, WHOLE, RenderedScenes, Sample
 
 _SIDE = IMAGE_SIDE // PATCH_SIZE  # patches
@@ -31,7 +36,8 @@ _PARTS = ("colour", "shape", "letter", "dot")
 _CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1)
 _NONE_WEIGHT = 0.2  # most patches show no letter
 _EDGES = 4
-_EDGE_WEIGHT, _EDGE_BETA = 10.0, 0.02
+_SHARPNESS = 10.0  # of scores: embeddings are about one long, and what is like a word is to be no longer
+_NUM_SHEETS = 4096  # drawn once each, which takes longer than to learn from them
 _CELL = 28  # pixels of a sheet's cells
 # Of a letter or dot, the share in a patch from which the patch is labelled with it, and that up to which it shows none.
 _SHOWN, _NOT_SHOWN = 0.2, 0.02
@@ -39,19 +45,43 @@ _SHOWN, _NOT_SHOWN = 0.2, 0.02
 
 class DenseBatch(NamedTuple):
     images: np.ndarray  # (B, 112, 112, 3) uint8
-    labels: Tensor  # (B, patches, 8): a class of each part, -100 for none, and the distances to the card's four edges
+    labels: Tensor  # (B, patches, 8): a class of each part, -100 for none, and the card's box as shares of the image
 
 
-class DenseHead(nn.Linear):
-    """From a patch's feature to all parts."""
+class DenseHead(nn.Module):
+    """Compares what a patch shows, as the language model gets it, with the words for it.
+
+    Colours, shapes and letters are in it as they are. The dot's colour and the four numbers of the box, which would be
+    mistaken for them and for each other, are turned first, each in a way of its own.
+    """
 
     def __init__(self, width: int) -> None:
-        super().__init__(width, sum(_CLASSES) + _EDGES)
+        super().__init__()
+        self.none = nn.Linear(width, 3)  # no card, no letter, no dot
+        self.dot = nn.Linear(width, width, bias=False)
+        self.edges = nn.Linear(width, _EDGES * width, bias=False)
+        ids = {word: i for i, word in enumerate(vocabulary())}
+        self._colours, self._shapes, self._letters = (
+            torch.tensor([ids[f" {word}"] for word in words]) for words in (COLOURS, SHAPES, LETTERS)
+        )
+        self._numbers = torch.tensor([ids[word] for word in NUMBER_WORDS])
 
-    def loss(self, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """features (B, patches, width): the loss, and of the patches that show a part the share that says which."""
-        *scores, edges = self(features).float().flatten(0, 1).split((*_CLASSES, _EDGES), -1)
-        labels = labels.flatten(0, 1)
+    def loss(self, features: Tensor, labels: Tensor, embeddings: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Also, of the patches that show a part, the share that says which.
+
+        Args:
+            features: (B, patches, width), of the projector.
+            embeddings: (words, width).
+        """
+        features, labels = features.float().flatten(0, 1), labels.flatten(0, 1)
+        no_card, no_letter, no_dot = self.none(features).split(1, -1)
+        colours = embeddings[self._colours].T
+        scores = (
+            torch.cat([_SHARPNESS * features @ colours, no_card], -1),
+            _SHARPNESS * features @ embeddings[self._shapes].T,
+            torch.cat([_SHARPNESS * features @ embeddings[self._letters].T, no_letter], -1),
+            torch.cat([_SHARPNESS * self.dot(features) @ colours, no_dot], -1),
+        )
         losses, right = [], {}
         for k, (name, of_part) in enumerate(zip(_PARTS, scores)):
             classes = labels[:, k].long()
@@ -63,20 +93,23 @@ class DenseHead(nn.Linear):
             is_shown = (classes != _NO_LABEL) & (weight[classes.clamp(min=0)] == 1.0)
             if is_shown.any():
                 right[name] = float((of_part.argmax(-1) == classes)[is_shown].float().mean())
-        on_card = labels[:, _SHAPE] != _NO_LABEL
-        if on_card.any():
-            losses.append(
-                _EDGE_WEIGHT * F.smooth_l1_loss(edges[on_card], labels[on_card, len(_CLASSES) :], beta=_EDGE_BETA)
-            )
+        has_edges = labels[:, len(_CLASSES)] != _NO_LABEL
+        if has_edges.any():
+            edges = self.edges(features[has_edges]).unflatten(-1, (_EDGES, -1))
+            of_numbers = _SHARPNESS * edges @ embeddings[self._numbers].T
+            hundredths = (labels[has_edges, len(_CLASSES) :] * 100).round().long()
+            losses.append(F.cross_entropy(of_numbers.flatten(0, 1), hundredths.flatten()))
+            off = (of_numbers.argmax(-1) - hundredths).abs().float()
+            right["edges"] = float((off <= 2).float().mean())
         return torch.stack(losses).sum(), right
 
 
 def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float) -> DenseBatch:
-    """Of what are no sheets, a third are whole scenes and the rest crops."""
+    """Of what are no sheets, half are whole scenes and half crops."""
     num_sheets = round(share_of_sheets * size)
-    pairs = [_sheet(rng) for _ in range(num_sheets)]
+    pairs = [_stored_sheet(int(k)) for k in rng.choice(_NUM_SHEETS, num_sheets, replace=False)]
     for i in np.sort(rng.choice(len(data), size - num_sheets, replace=False)):
-        which = WHOLE if rng.random() < 1 / 3 else CROPS[int(rng.integers(len(CROPS)))]
+        which = WHOLE if rng.random() < 0.5 else CROPS[int(rng.integers(len(CROPS)))]
         pairs.append((data.images[i, which], _labels(data.samples[i], which)))
     return DenseBatch(np.stack([image for image, _ in pairs]), torch.from_numpy(np.stack([of for _, of in pairs])))
 
@@ -85,26 +118,34 @@ def _labels(sample: Sample, which: int) -> np.ndarray:
     labels = _unlabelled()
     labels[..., _COLOUR] = len(COLOURS)
     view: Box = (0.0, 0.0, sample.side, sample.side) if which == WHOLE else sample.crops[which - 1]
-    centres = (np.arange(_SIDE) + 0.5) / _SIDE
-    reach = 0.35 / _SIDE  # a patch whose centre is just outside a card still shows it
     for card in sample.cards:
         x0, x1 = ((edge - view[0]) / (view[2] - view[0]) for edge in card.box[::2])
         y0, y1 = ((edge - view[1]) / (view[3] - view[1]) for edge in card.box[1::2])
-        rows = np.nonzero((centres > y0 - reach) & (centres < y1 + reach))[0]
-        columns = np.nonzero((centres > x0 - reach) & (centres < x1 + reach))[0]
-        if not len(rows) or not len(columns):
-            continue
-        on_card = labels[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        on_card[..., _COLOUR] = _NAMES.index(card.colour)
-        on_card[..., _SHAPE] = SHAPES.index(card.shape)
-        x, y = centres[columns][None, :], centres[rows][:, None]
-        for k, distance in enumerate((x - x0, y - y0, x1 - x, y1 - y)):
-            on_card[..., len(_CLASSES) + k] = distance
+        on_card = patches_on((x0, y0, x1, y1)).reshape(_SIDE, _SIDE)
+        labels[on_card, _COLOUR] = _NAMES.index(card.colour)
+        labels[on_card, _SHAPE] = SHAPES.index(card.shape)
+        if which == WHOLE:  # of which alone boxes are asked
+            labels[on_card, len(_CLASSES) :] = x0, y0, x1, y1
     if which != WHOLE:  # in which no letter can be read
         letters = [(LETTERS.index(card.letter), _seen(card.letter_box, view)) for card in sample.cards]
         dots = [(_NAMES.index(card.dot), _seen(card.dot_box, view)) for card in sample.cards]
         _label_spots(labels, letters, dots)
     return labels.reshape(_SIDE * _SIDE, -1)
+
+
+def patches_on(box: Box) -> np.ndarray:
+    """(patches,) bool: those on a card, whose box is given as shares of the image. One whose centre is just outside
+    still shows the card.
+    """
+    centres, reach = (np.arange(_SIDE) + 0.5) / _SIDE, 0.35 / _SIDE
+    columns = (centres > box[0] - reach) & (centres < box[2] + reach)
+    rows = (centres > box[1] - reach) & (centres < box[3] + reach)
+    return (rows[:, None] & columns[None]).reshape(-1)
+
+
+@functools.cache
+def _stored_sheet(k: int) -> tuple[np.ndarray, np.ndarray]:
+    return _sheet(np.random.default_rng(k))
 
 
 def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
