@@ -28,7 +28,8 @@ class Conversation(NamedTuple):
 
     Attributes:
         form: "plain"; "box" and "grounding", which ask for one; "two rounds" of DualFocus. With ", elsewhere" where the
-            box is not the true one. "name", "name, box": a card's colour or shape, and what follows it.
+            box is not the true one, ", given" where it is but is not learnt. "name", "name, box": a card's colour or
+            shape, and what follows it.
         places: of the tokens in the row.
     """
 
@@ -117,7 +118,11 @@ class Reader:
             return
         asked = self._first(fill(BOX_PROMPT, question.text))
         second = [(self._second(fill(COMBINE_PROMPT, question.text)), False), answer]
-        for form, of, is_learnt in (("", box, True), (", elsewhere", sample.crop_boxes[-1], False)):
+        for form, of, is_learnt in (
+            ("", box, True),
+            (", given", box, False),
+            (", elsewhere", sample.crop_boxes[-1], False),
+        ):
             first = [(asked, False), (self._box(self._dualfocus, of, int(sample.side)), is_learnt)]
             yield f"box{form}", first
             yield f"two rounds{form}", [*first, *second]

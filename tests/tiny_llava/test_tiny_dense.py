@@ -202,12 +202,12 @@ def test_the_loss_is_that_of_its_parts(data) -> None:
     """
     batch = dense_batch(data, np.random.default_rng(2), 8, 0.25)
     torch.manual_seed(0)
-    head, features, embeddings = DenseHead(5), torch.randn(8, 64, 5), 0.1 * torch.randn(len(vocabulary()), 5)
+    head, features, embeddings = DenseHead(5), torch.randn(8, 64, 5), torch.randn(len(vocabulary()), 5)
     loss, right = head.loss(features, batch.labels, embeddings)
 
     def said(feature: torch.Tensor, words: Sequence[str], *none: torch.Tensor) -> list[float]:
         """Scores of words, and of none of them."""
-        known = [10 * float(feature @ embeddings[vocabulary().index(word)]) for word in words]
+        known = [float(feature @ embeddings[vocabulary().index(word)]) for word in words]
         return known + [float(score) for score in none]
 
     words = {name: [f" {word}" for word in of] for name, of in (("colour", COLOURS), ("shape", SHAPES))}
@@ -223,7 +223,8 @@ def test_the_loss_is_that_of_its_parts(data) -> None:
             hits.setdefault(name, []).append(abs(max(range(len(scores)), key=lambda k: scores[k]) - label) <= near)
 
     with torch.no_grad():
-        for feature, labels in zip(features.flatten(0, 1), batch.labels.flatten(0, 1).tolist()):
+        normal = features / (features.square().mean(-1, keepdim=True)).sqrt()
+        for feature, labels in zip(normal.flatten(0, 1), batch.labels.flatten(0, 1).tolist()):
             nothing = head.none(feature)
             none = {"colour": nothing[:1], "shape": nothing[:0], "letter": nothing[1:2], "dot": nothing[2:]}
             for name, label in zip(words, labels):

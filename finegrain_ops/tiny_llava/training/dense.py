@@ -12,8 +12,8 @@ learnt an order of magnitude slower.
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from ...boxes import Box
-from ..drawing import NUM_SPECKS, glyph_mask, ink_on, near
+from ..drawing import NUM_SPECKS, glyph_mask, ink_on
 from ..scenes import COLOURS, LETTERS, PLAIN, SHAPES
 from ..tokenizer import IMAGE_SIDE, NUMBER_WORDS, PATCH_SIZE, vocabulary
 from .rendered import CROPS, WHOLE, RenderedScenes, Sample
@@ -36,8 +36,6 @@ _PARTS = ("colour", "shape", "letter", "dot")
 _CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1)
 _NONE_WEIGHT = 0.2  # most patches show no letter
 _EDGES = 4
-_SHARPNESS = 10.0  # of scores: embeddings are about one long, and what is like a word is to be no longer
-_NUM_SHEETS = 4096  # drawn once each, which takes longer than to learn from them
 _CELL = 28  # pixels of a sheet's cells
 # Of a letter or dot, the share in a patch from which the patch is labelled with it, and that up to which it shows none.
 _SHOWN, _NOT_SHOWN = 0.2, 0.02
@@ -73,14 +71,15 @@ class DenseHead(nn.Module):
             features: (B, patches, width), of the projector.
             embeddings: (words, width).
         """
-        features, labels = features.float().flatten(0, 1), labels.flatten(0, 1)
+        features = F.rms_norm(features.float(), features.shape[-1:]).flatten(0, 1)  # as a layer of Llama reads them
+        labels = labels.flatten(0, 1)
         no_card, no_letter, no_dot = self.none(features).split(1, -1)
         colours = embeddings[self._colours].T
         scores = (
-            torch.cat([_SHARPNESS * features @ colours, no_card], -1),
-            _SHARPNESS * features @ embeddings[self._shapes].T,
-            torch.cat([_SHARPNESS * features @ embeddings[self._letters].T, no_letter], -1),
-            torch.cat([_SHARPNESS * self.dot(features) @ colours, no_dot], -1),
+            torch.cat([features @ colours, no_card], -1),
+            features @ embeddings[self._shapes].T,
+            torch.cat([features @ embeddings[self._letters].T, no_letter], -1),
+            torch.cat([self.dot(features) @ colours, no_dot], -1),
         )
         losses, right = [], {}
         for k, (name, of_part) in enumerate(zip(_PARTS, scores)):
@@ -96,7 +95,7 @@ class DenseHead(nn.Module):
         has_edges = labels[:, len(_CLASSES)] != _NO_LABEL
         if has_edges.any():
             edges = self.edges(features[has_edges]).unflatten(-1, (_EDGES, -1))
-            of_numbers = _SHARPNESS * edges @ embeddings[self._numbers].T
+            of_numbers = edges @ embeddings[self._numbers].T
             hundredths = (labels[has_edges, len(_CLASSES) :] * 100).round().long()
             losses.append(F.cross_entropy(of_numbers.flatten(0, 1), hundredths.flatten()))
             off = (of_numbers.argmax(-1) - hundredths).abs().float()
@@ -107,7 +106,7 @@ class DenseHead(nn.Module):
 def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share_of_sheets: float) -> DenseBatch:
     """Of what are no sheets, half are whole scenes and half crops."""
     num_sheets = round(share_of_sheets * size)
-    pairs = [_stored_sheet(int(k)) for k in rng.choice(_NUM_SHEETS, num_sheets, replace=False)]
+    pairs = [_sheet(rng) for _ in range(num_sheets)]
     for i in np.sort(rng.choice(len(data), size - num_sheets, replace=False)):
         which = WHOLE if rng.random() < 0.5 else CROPS[int(rng.integers(len(CROPS)))]
         pairs.append((data.images[i, which], _labels(data.samples[i], which)))
@@ -127,9 +126,13 @@ def _labels(sample: Sample, which: int) -> np.ndarray:
         if which == WHOLE:  # of which alone boxes are asked
             labels[on_card, len(_CLASSES) :] = x0, y0, x1, y1
     if which != WHOLE:  # in which no letter can be read
-        letters = [(LETTERS.index(card.letter), _seen(card.letter_box, view)) for card in sample.cards]
-        dots = [(_NAMES.index(card.dot), _seen(card.dot_box, view)) for card in sample.cards]
-        _label_spots(labels, letters, dots)
+        letters = [LETTERS.index(card.letter) for card in sample.cards]
+        dots = [_NAMES.index(card.dot) for card in sample.cards]
+        _label_spots(
+            labels,
+            (letters, [_seen(card.letter_box, view) for card in sample.cards]),
+            (dots, [_seen(card.dot_box, view) for card in sample.cards]),
+        )
     return labels.reshape(_SIDE * _SIDE, -1)
 
 
@@ -143,70 +146,73 @@ def patches_on(box: Box) -> np.ndarray:
     return (rows[:, None] & columns[None]).reshape(-1)
 
 
-@functools.cache
-def _stored_sheet(k: int) -> tuple[np.ndarray, np.ndarray]:
-    return _sheet(np.random.default_rng(k))
-
-
 def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """A letter and a dot in each of many cells of the cards' colours, which begin anywhere within a patch."""
-    shift = rng.integers(0, _CELL, 2).tolist()  # of the first row and column out of the image
     num_cells = IMAGE_SIDE // _CELL + 1
+    count = num_cells**2
+    shift = rng.integers(0, _CELL, 2).tolist()  # of the first row and column out of the image
+    colours = rng.integers(len(_NAMES), size=count)
+    others = (colours + rng.integers(1, len(_NAMES), count)) % len(_NAMES)
+    near = rng.integers(-PLAIN.colour_spread, PLAIN.colour_spread + 1, (count, 3))
+    paints = (np.array(list(COLOURS.values()))[colours] + near).clip(0, 255).tolist()
+    speck_places = rng.integers(0, _CELL - 3, (count, NUM_SPECKS, 2)).tolist()
+    speck_colours = rng.integers(len(_NAMES), size=(count, NUM_SPECKS)).tolist()
+    which = rng.integers(len(LETTERS), size=count).tolist()
+    heights, diameters = rng.integers(9, 18, count).tolist(), rng.integers(5, 10, count).tolist()
+    is_right = (rng.random(count) < 0.5).tolist()
+    places = rng.random((count, 3)).tolist()  # each as a share of the room that there is
+    paint_of = list(COLOURS.values())
     image = Image.new("RGB", (num_cells * _CELL,) * 2)
     canvas = ImageDraw.Draw(image)
-    letters: list[tuple[int, Box]] = []
-    dots: list[tuple[int, Box]] = []
-    for k in range(num_cells**2):
+    letters: list[Box] = []
+    dots: list[Box] = []
+    for k, other in enumerate(others.tolist()):
         x, y = k % num_cells * _CELL, k // num_cells * _CELL
-        colour, other = (int(i) for i in rng.permutation(len(_NAMES))[:2])
-        paint = near(rng, COLOURS[_NAMES[colour]], PLAIN.colour_spread)
+        paint = tuple(paints[k])
         canvas.rectangle((x, y, x + _CELL - 1, y + _CELL - 1), fill=paint)
-        for _ in range(NUM_SPECKS):
-            u, v = rng.integers(0, _CELL - 3, 2).tolist()
-            speck = COLOURS[_NAMES[int(rng.integers(len(_NAMES)))]]
-            canvas.ellipse((x + u, y + v, x + u + 2, y + v + 2), fill=speck)
-        letter = int(rng.integers(len(LETTERS)))
-        glyph = glyph_mask(LETTERS[letter], int(rng.integers(9, 18)))
-        diameter = int(rng.integers(5, 10))
-        room = int(rng.integers(0, max(0, _CELL - glyph.width - diameter) + 1))
-        # The letter on one side and the dot on the other, as far apart as there is room.
-        dot_x, letter_x = (
-            (x + room, x + _CELL - glyph.width) if rng.random() < 0.5 else (x + _CELL - diameter - room, x)
+        for (u, v), speck in zip(speck_places[k], speck_colours[k]):
+            canvas.ellipse((x + u, y + v, x + u + 2, y + v + 2), fill=paint_of[speck])
+        glyph = glyph_mask(LETTERS[which[k]], heights[k])
+        diameter = diameters[k]
+        room, dot_y, letter_y = (
+            int(share * (1 + free))
+            for share, free in zip(
+                places[k], (max(0, _CELL - glyph.width - diameter), _CELL - diameter - 1, _CELL - glyph.height - 1)
+            )
         )
-        dot_y = y + int(rng.integers(0, _CELL - diameter))
-        letter_y = y + int(rng.integers(0, _CELL - glyph.height))
-        canvas.ellipse((dot_x, dot_y, dot_x + diameter - 1, dot_y + diameter - 1), fill=COLOURS[_NAMES[other]])
+        # The letter on one side and the dot on the other, as far apart as there is room.
+        dot_x, letter_x = (room, _CELL - glyph.width) if is_right[k] else (_CELL - diameter - room, 0)
+        dot_x, letter_x, dot_y, letter_y = x + dot_x, x + letter_x, y + dot_y, y + letter_y
+        canvas.ellipse((dot_x, dot_y, dot_x + diameter - 1, dot_y + diameter - 1), fill=paint_of[other])
         image.paste(ink_on(paint), (letter_x, letter_y), glyph)
-        letters.append((letter, _box_of(letter_x - shift[0], letter_y - shift[1], glyph.width, glyph.height)))
-        dots.append((other, _box_of(dot_x - shift[0], dot_y - shift[1], diameter, diameter)))
+        letters.append(_box_of(letter_x - shift[0], letter_y - shift[1], glyph.width, glyph.height))
+        dots.append(_box_of(dot_x - shift[0], dot_y - shift[1], diameter, diameter))
     labels = _unlabelled()
-    _label_spots(labels, letters, dots)
+    _label_spots(labels, (which, letters), (others.tolist(), dots))
     seen = image.crop((*shift, shift[0] + IMAGE_SIDE, shift[1] + IMAGE_SIDE))
     return np.asarray(seen), labels.reshape(_SIDE * _SIDE, -1)
 
 
-def _label_spots(labels: np.ndarray, letters: list[tuple[int, Box]], dots: list[tuple[int, Box]]) -> None:
+_Spots: TypeAlias = tuple[Sequence[int], Sequence[Box]]  # what each is, and its x0, y0, x1, y1 in pixels of the image
+
+
+def _label_spots(labels: np.ndarray, letters: _Spots, dots: _Spots) -> None:
     """Of (patches, patches, 8) labels those of letters and dots, where `_spots` finds them."""
-    for part, boxes in ((_LETTER, letters), (_DOT, dots)):
-        labels[..., part] = _spots(boxes, _CLASSES[part] - 1)
+    for part, (classes, boxes) in ((_LETTER, letters), (_DOT, dots)):
+        labels[..., part] = _spots(np.array(classes), np.array(boxes), _CLASSES[part] - 1)
 
 
-def _spots(boxes: list[tuple[int, Box]], none: int) -> np.ndarray:
+def _spots(classes: np.ndarray, boxes: np.ndarray, none: int) -> np.ndarray:
     """(patches, patches): the class of the box that a patch shows most of; `none` where it shows next to nothing of
     any; no label in between, nor of boxes that the image cuts.
-
-    Args:
-        boxes: class, and x0, y0, x1, y1 in pixels of the image.
     """
-    labels = np.full((_SIDE, _SIDE), float(none), np.float32)
-    most = np.zeros((_SIDE, _SIDE))
-    for label, (x0, y0, x1, y1) in boxes:
-        share = _share_in_patches(y0, y1)[:, None] * _share_in_patches(x0, x1)[None]
-        is_best = (share > _NOT_SHOWN) & (share > most)
-        is_whole = min(x0, y0) >= 0 and max(x1, y1) <= IMAGE_SIDE
-        labels[is_best] = np.where(share[is_best] > _SHOWN, label, _NO_LABEL) if is_whole else _NO_LABEL
-        most = np.maximum(most, share)
-    return labels
+    shares = (
+        _share_in_patches(boxes[:, 1], boxes[:, 3])[:, :, None] * _share_in_patches(boxes[:, 0], boxes[:, 2])[:, None]
+    )
+    best, most = shares.argmax(0), shares.max(0)
+    is_whole = (boxes[:, :2].min(1) >= 0) & (boxes[:, 2:].max(1) <= IMAGE_SIDE)
+    shown = np.where((most > _SHOWN) & is_whole[best], classes[best], _NO_LABEL)
+    return np.where(most > _NOT_SHOWN, shown, none)
 
 
 def _seen(box: Box, view: Box) -> Box:
@@ -220,11 +226,11 @@ def _box_of(x: int, y: int, width: int, height: int) -> Box:
     return float(x), float(y), float(x + width), float(y + height)
 
 
-def _share_in_patches(low: float, high: float) -> np.ndarray:
-    """(patches,): which share of low..high, in pixels, lies in each row or column of patches."""
+def _share_in_patches(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(boxes, patches): which share of each low..high, in pixels, lies in each row or column of patches."""
     edges = np.arange(_SIDE + 1) * PATCH_SIZE
-    overlap = np.minimum(edges[1:], high) - np.maximum(edges[:-1], low)
-    return overlap.clip(0, None) / (high - low)
+    overlap = np.minimum(edges[1:], high[:, None]) - np.maximum(edges[:-1], low[:, None])
+    return overlap.clip(0, None) / (high - low)[:, None]
 
 
 def _unlabelled() -> np.ndarray:

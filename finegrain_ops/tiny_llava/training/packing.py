@@ -155,7 +155,8 @@ class Packer:
         # find, and asked for most.
         for prompt in (BOX_PROMPT, BOX_PROMPT, GROUNDING_PROMPT):
             of_kinds = _WHOLE_KINDS if rng.random() < 0.15 else (*BOXED_KINDS, "colour", "colour")
-            question = _one(rng, questions[_one(rng, [kind for kind in of_kinds if questions[kind]])])
+            of_kind = questions[_one(rng, [kind for kind in of_kinds if questions[kind]])]
+            question = _one(rng, [question for question in of_kind if _is_first(question, sample)])
             segments.append(self._located(prompt, question, sample))
         segments += self._named(sample, rng)
         return segments, self._two_rounds(segments, sample, questions, rng)
@@ -194,7 +195,8 @@ class Packer:
                 first_round = self._located(BOX_PROMPT, question, sample, sample.crop_boxes[-1])
             else:
                 second = CROPS[which]
-                first_round = self._located(BOX_PROMPT, question, sample)
+                given = None if _is_first(question, sample) else _true_box(question, sample)
+                first_round = self._located(BOX_PROMPT, question, sample, given)
         segments.append(first_round)
         asked = COMBINE_PROMPT.replace("{question}", question.text)
         answered = self._answered(asked, question.answer, len(segments) - 1)
@@ -236,7 +238,8 @@ class Packer:
         tokens = (*asked, *self._box(box, sample.side), *self._end)
         if given is not None:
             return _Segment(tokens, len(tokens), 0)
-        return self._looking(_Segment(tokens, len(asked), 0), question, sample)
+        segment = self._looking(_Segment(tokens, len(asked), 0), question, sample)
+        return replace(segment, shown=_shares([box], (0.0, 0.0, sample.side, sample.side)))
 
     def _box(self, box: Box, side: float) -> tuple[int, ...]:
         numbers = [NUMBER_WORDS[min(max(round(edge / side * 100), 0), 100)] for edge in box]
@@ -293,6 +296,14 @@ def _questions(sample: Sample) -> QuestionsByKind:
 
 def _questions_on(questions: QuestionsByKind, card: int) -> list[Question]:
     return [question for kind in BOXED_KINDS for question in questions[kind] if question.card == card]
+
+
+def _is_first(question: Question, sample: Sample) -> bool:
+    """Of those that an ambiguous question fits, the card on the left is the one whose box is given. Either would be
+    right, but of a box that is now this one's and now that one's each number is a guess.
+    """
+    centres = [sample.cards[k].centre[0] for k in question.candidates]
+    return question.card is None or sample.cards[question.card].centre[0] == min(centres)
 
 
 def _true_box(question: Question, sample: Sample) -> Box:
