@@ -116,15 +116,14 @@ def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share
 def _labels(sample: Sample, which: int) -> np.ndarray:
     labels = _unlabelled()
     labels[..., _COLOUR] = len(COLOURS)
-    view: Box = (0.0, 0.0, sample.side, sample.side) if which == WHOLE else sample.crops[which - 1]
+    view = view_of(sample, which)
     for card in sample.cards:
-        x0, x1 = ((edge - view[0]) / (view[2] - view[0]) for edge in card.box[::2])
-        y0, y1 = ((edge - view[1]) / (view[3] - view[1]) for edge in card.box[1::2])
-        on_card = patches_on((x0, y0, x1, y1)).reshape(_SIDE, _SIDE)
+        box = shares(card.box, view)
+        on_card = patches_on(box).reshape(_SIDE, _SIDE)
         labels[on_card, _COLOUR] = _NAMES.index(card.colour)
         labels[on_card, _SHAPE] = SHAPES.index(card.shape)
         if which == WHOLE:  # of which alone boxes are asked
-            labels[on_card, len(_CLASSES) :] = x0, y0, x1, y1
+            labels[on_card, len(_CLASSES) :] = box
     if which != WHOLE:  # in which no letter can be read
         letters = [LETTERS.index(card.letter) for card in sample.cards]
         dots = [_NAMES.index(card.dot) for card in sample.cards]
@@ -134,6 +133,18 @@ def _labels(sample: Sample, which: int) -> np.ndarray:
             (dots, [_seen(card.dot_box, view) for card in sample.cards]),
         )
     return labels.reshape(_SIDE * _SIDE, -1)
+
+
+def view_of(sample: Sample, which: int) -> Box:
+    """What of the scene one of its images shows; of WHOLE and CROPS."""
+    return (0.0, 0.0, sample.side, sample.side) if which == WHOLE else sample.crops[CROPS.index(which)]
+
+
+def shares(box: Box, view: Box) -> Box:
+    """A box of the scene as shares of the image that shows `view`."""
+    x0, x1 = ((edge - view[0]) / (view[2] - view[0]) for edge in box[::2])
+    y0, y1 = ((edge - view[1]) / (view[3] - view[1]) for edge in box[1::2])
+    return x0, y0, x1, y1
 
 
 def patches_on(box: Box) -> np.ndarray:
@@ -154,14 +165,14 @@ def _sheet(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     colours = rng.integers(len(_NAMES), size=count)
     others = (colours + rng.integers(1, len(_NAMES), count)) % len(_NAMES)
     near = rng.integers(-PLAIN.colour_spread, PLAIN.colour_spread + 1, (count, 3))
-    paints = (np.array(list(COLOURS.values()))[colours] + near).clip(0, 255).tolist()
+    paint_of = list(COLOURS.values())
+    paints = (np.array(paint_of)[colours] + near).clip(0, 255).tolist()
     speck_places = rng.integers(0, _CELL - 3, (count, NUM_SPECKS, 2)).tolist()
     speck_colours = rng.integers(len(_NAMES), size=(count, NUM_SPECKS)).tolist()
     which = rng.integers(len(LETTERS), size=count).tolist()
     heights, diameters = rng.integers(9, 18, count).tolist(), rng.integers(5, 10, count).tolist()
     is_right = (rng.random(count) < 0.5).tolist()
     places = rng.random((count, 3)).tolist()  # each as a share of the room that there is
-    paint_of = list(COLOURS.values())
     image = Image.new("RGB", (num_cells * _CELL,) * 2)
     canvas = ImageDraw.Draw(image)
     letters: list[Box] = []
@@ -217,8 +228,7 @@ def _spots(classes: np.ndarray, boxes: np.ndarray, none: int) -> np.ndarray:
 
 def _seen(box: Box, view: Box) -> Box:
     """A box of the scene in pixels of the image that shows `view`."""
-    x0, x1 = ((edge - view[0]) / (view[2] - view[0]) * IMAGE_SIDE for edge in box[::2])
-    y0, y1 = ((edge - view[1]) / (view[3] - view[1]) * IMAGE_SIDE for edge in box[1::2])
+    x0, y0, x1, y1 = (edge * IMAGE_SIDE for edge in shares(box, view))
     return x0, y0, x1, y1
 
 

@@ -29,6 +29,7 @@ from ...methods.dualfocus import BOX_PROMPT, COMBINE_PROMPT
 from ...methods.grounding import GROUNDING_PROMPT
 from ..questions import AMBIGUOUS, BOXED_KINDS, KINDS, LOCAL_KINDS, Question, QuestionsByKind, caption, questions_about
 from ..tokenizer import IMAGE_MEAN, IMAGE_STD, IMAGE_TOKENS, NUMBER_WORDS, make_tokenizer, vocabulary
+from .dense import shares, view_of
 from .rendered import CROPS, ELSEWHERE, WHOLE, RenderedScenes, Sample
 
 IGNORED = -100
@@ -114,6 +115,7 @@ class Packer:
         self._image = tokenizer.vocab["<image>"]
         self._turn = (*self._encode("USER: "), *(self._image,) * IMAGE_TOKENS, *self._encode("\n"))
         self._opening = (tokenizer.bos_token_id, *self._turn)
+        self._first_image = self._opening.index(self._image)
         self.is_number = torch.tensor([word in NUMBER_WORDS for word in vocabulary()])  # (words,)
 
     def scenes(self, data: RenderedScenes, indices: Sequence[int], rng: np.random.Generator) -> PackedBatch:
@@ -139,7 +141,7 @@ class Packer:
         for question in _questions_on(_questions(sample), sample.shown[which]):
             if question.kind != AMBIGUOUS:
                 answered = self._answered(question.text, question.answer)
-                segments.append(self._looking(answered, question, sample, sample.crops[which]))
+                segments.append(self._looking(answered, question, sample, CROPS[which]))
         return segments
 
     def _about_scene(self, sample: Sample, rng: np.random.Generator) -> tuple[list[_Segment], int]:
@@ -170,7 +172,7 @@ class Packer:
             for k in rng.permutation(len(alone))[:_NUM_NAMED]:
                 word = self._encode(f" {getattr(alone[k], name)}")
                 box = self._box(alone[k].box, sample.side)
-                boxes = _shares([alone[k].box], (0.0, 0.0, sample.side, sample.side))
+                boxes = (shares(alone[k].box, view_of(sample, WHOLE)),)
                 segments.append(_Segment((*word, *self._encode(f" {getattr(alone[k], other)}")), 1, 0, 0, boxes, boxes))
                 segments.append(_Segment((*word, *box), 2, 0, 0, boxes, boxes))  # the box's bracket is given too
         return segments
@@ -201,7 +203,7 @@ class Packer:
         asked = COMBINE_PROMPT.replace("{question}", question.text)
         answered = self._answered(asked, question.answer, len(segments) - 1)
         if second in CROPS:
-            answered = self._looking(answered, question, sample, sample.crops[CROPS.index(second)])
+            answered = self._looking(answered, question, sample, second)
         segments.append(answered)
         return second
 
@@ -211,18 +213,18 @@ class Packer:
         """What the whole image answers, if it can."""
         return self._looking(self._answered(question.text, question.answer), question, sample)
 
-    def _looking(self, segment: _Segment, question: Question, sample: Sample, crop: Box | None = None) -> _Segment:
+    def _looking(self, segment: _Segment, question: Question, sample: Sample, which: int = WHOLE) -> _Segment:
         """The same, with where it looks if it is about a card. A letter or a dot is looked at in crops alone."""
         if question.card is None:
             return segment
-        cards = [sample.cards[k] for k in (question.candidates if crop is None else (question.card,))]
+        cards = [sample.cards[k] for k in (question.candidates if which == WHOLE else (question.card,))]
         is_of_shape = question.kind in ("colour", AMBIGUOUS)
         (word,) = self._encode(f" {cards[0].shape if is_of_shape else cards[0].colour}")
-        view = crop or (0.0, 0.0, sample.side, sample.side)
-        named = _shares([card.box for card in cards], view)
+        view = view_of(sample, which)
+        named = tuple(shares(card.box, view) for card in cards)
         shown = named
-        if crop is not None and question.kind in LOCAL_KINDS:
-            shown = _shares([cards[0].letter_box if question.kind == "letter" else cards[0].dot_box], view)
+        if which != WHOLE and question.kind in LOCAL_KINDS:
+            shown = (shares(cards[0].letter_box if question.kind == "letter" else cards[0].dot_box, view),)
         image = segment.tokens.index(self._image) if self._image in segment.tokens else None
         return replace(segment, name=segment.tokens.index(word), named=named, shown=shown, image=image)
 
@@ -239,7 +241,7 @@ class Packer:
         if given is not None:
             return _Segment(tokens, len(tokens), 0)
         segment = self._looking(_Segment(tokens, len(asked), 0), question, sample)
-        return replace(segment, shown=_shares([box], (0.0, 0.0, sample.side, sample.side)))
+        return replace(segment, shown=(shares(box, view_of(sample, WHOLE)),))
 
     def _box(self, box: Box, side: float) -> tuple[int, ...]:
         numbers = [NUMBER_WORDS[min(max(round(edge / side * 100), 0), 100)] for edge in box]
@@ -267,7 +269,7 @@ class Packer:
                 positions[i, at:end] = np.arange(start, start + len(segment.tokens))
                 labels[i, at + segment.num_given : end] = segment.tokens[segment.num_given :]
                 which[i, at:end] = k
-                looks += segment.looks(i, at, self._opening.index(self._image))
+                looks += segment.looks(i, at, self._first_image)
                 ends.append(start + len(segment.tokens))
                 at = end
                 if segment.parent >= 0:
@@ -307,15 +309,7 @@ def _is_first(question: Question, sample: Sample) -> bool:
 
 
 def _true_box(question: Question, sample: Sample) -> Box:
-    return (0.0, 0.0, sample.side, sample.side) if question.card is None else sample.cards[question.card].box
-
-
-def _shares(boxes: Sequence[Box], view: Box) -> tuple[Box, ...]:
-    """Of an image that shows `view`."""
-    left, top, width, height = view[0], view[1], view[2] - view[0], view[3] - view[1]
-    return tuple(
-        ((x0 - left) / width, (y0 - top) / height, (x1 - left) / width, (y1 - top) / height) for x0, y0, x1, y1 in boxes
-    )
+    return view_of(sample, WHOLE) if question.card is None else sample.cards[question.card].box
 
 
 def _one(rng: np.random.Generator, options: Sequence[_T]) -> _T:
