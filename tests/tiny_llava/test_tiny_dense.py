@@ -43,15 +43,17 @@ def labels_of(sample: Sample, which: int) -> list[list[float]]:
         for column in range(PATCHES):
             x, y = view[0] + (column + 0.5) * patch[0], view[1] + (row + 0.5) * patch[1]
             corner = (view[0] + column * patch[0], view[1] + row * patch[1])
-            labels = [float(len(COLOURS)), *[NONE] * 7]
+            labels = [float(len(COLOURS)), *[NONE] * 8]
             for card in sample.cards:  # the last one that fits counts
                 x0, y0, x1, y1 = card.box
                 outside = [max(x0 - x, x - x1) / patch[0], max(y0 - y, y - y1) / patch[1]]
                 if max(outside) < 0.35:
                     labels[:2] = COLOUR_NAMES.index(card.colour), SHAPES.index(card.shape)
                     if which == WHOLE:
-                        labels[4:] = (edge / sample.side for edge in card.box)
-            if which != WHOLE:
+                        labels[5:] = (edge / sample.side for edge in card.box)
+            if which == WHOLE:
+                labels[4] = len(sample.cards) - 3.0  # cards, at least three
+            else:
                 held = [share_held(card.letter_box, corner, patch) for card in sample.cards]
                 labels[2] = spot(held, letters, is_whole[::2], NO_LETTER)
                 held = [share_held(card.dot_box, corner, patch) for card in sample.cards]
@@ -86,7 +88,7 @@ def test_patches_are_labelled_with_what_they_show(data) -> None:
     """In the whole scenes and in crops; and no scene twice in a batch."""
     batch = dense_batch(data, np.random.default_rng(0), 30, 0.0)
     assert (batch.images.shape, batch.images.dtype) == ((30, 112, 112, 3), np.uint8)
-    assert (batch.labels.shape, batch.labels.dtype) == ((30, 64, 8), torch.float32)
+    assert (batch.labels.shape, batch.labels.dtype) == ((30, 64, 9), torch.float32)
     places = [which_image(data, image) for image in batch.images]
     assert len({i for i, _ in places}) == 30
     kinds = Counter(which for _, which in places)
@@ -106,7 +108,7 @@ def test_a_share_of_the_batch_is_sheets(data) -> None:
         labels = dense_batch(data, np.random.default_rng(1), 8, share).labels
         is_sheet = (labels[:, :, 0] == NONE).all(1)
         assert is_sheet.sum() == expected
-        assert (labels[is_sheet][:, :, [0, 1, 4, 5, 6, 7]] == NONE).all()
+        assert (labels[is_sheet][:, :, [0, 1, 4, 5, 6, 7, 8]] == NONE).all()
         assert not (labels[~is_sheet][:, :, 0] == NONE).any()
 
 
@@ -186,7 +188,7 @@ def is_spotted(found: np.ndarray, shares: list[np.ndarray], labels: list[int], n
 
 def test_sheets_show_letters_in_ink(data) -> None:
     image, labels = dense._sheet(np.random.default_rng(0))
-    assert (image.shape, image.dtype, labels.shape) == ((112, 112, 3), np.uint8, (64, 8))
+    assert (image.shape, image.dtype, labels.shape) == ((112, 112, 3), np.uint8, (64, 9))
     is_ink = (image == 25).all(-1) | (image == 240).all(-1)
     of_cells = is_ink.reshape(4, 28, 4, 28).any((1, 3))
     assert of_cells.all()
@@ -212,6 +214,7 @@ def test_the_loss_is_that_of_its_parts(data) -> None:
 
     words = {name: [f" {word}" for word in of] for name, of in (("colour", COLOURS), ("shape", SHAPES))}
     words |= {"letter": [f" {word}" for word in LETTERS], "dot": words["colour"]}
+    words["count"] = [" three", " four", " five", " six", " seven", " eight"]
     numbers = [f"{k / 100:.2f}" for k in range(101)]
     losses: dict[str, list[tuple[float, float]]] = {}  # with the weight of each
     hits: dict[str, list[bool]] = {}
@@ -227,16 +230,17 @@ def test_the_loss_is_that_of_its_parts(data) -> None:
         for feature, labels in zip(normal.flatten(0, 1), batch.labels.flatten(0, 1).tolist()):
             nothing = head.none(feature)
             none = {"colour": nothing[:1], "shape": nothing[:0], "letter": nothing[1:2], "dot": nothing[2:]}
+            none["count"] = nothing[:0]
             for name, label in zip(words, labels):
                 if label != NONE:
                     is_nothing = (name, label) in (("letter", NO_LETTER), ("dot", NO_DOT))
                     seen = head.dot.weight @ feature if name == "dot" else feature
                     count(name, said(seen, words[name], *none[name]), int(label), 0.2 if is_nothing else 1.0)
-            if labels[4] != NONE:
-                for edge, label in zip(head.edges.weight.reshape(4, 5, 5), labels[4:]):
+            if labels[5] != NONE:
+                for edge, label in zip(head.edges.weight.reshape(4, 5, 5), labels[5:]):
                     count("edges", said(edge @ feature, numbers), round(label * 100), near=2)
     means = {name: sum(a * b for a, b in of) / sum(b for _, b in of) for name, of in losses.items()}
-    expected = means["colour"] + means["shape"] + means["letter"] + means["dot"] + means["edges"]
+    expected = sum(means[name] for name in ("colour", "shape", "letter", "dot", "count", "edges"))
     assert loss.item() == pytest.approx(expected, rel=1e-4)
     assert right == pytest.approx({name: sum(of) / len(of) for name, of in hits.items()})
 
@@ -246,7 +250,7 @@ def test_parts_that_are_not_labelled_have_no_loss(data) -> None:
     whole = torch.tensor([labels_of(data.samples[i], WHOLE) for i in (0, 1)])
     loss, right = head.loss(features, whole, embeddings)
     assert loss.isfinite()
-    assert set(right) == {"colour", "shape", "edges"}
+    assert set(right) == {"colour", "shape", "count", "edges"}
     sheets = dense_batch(data, np.random.default_rng(0), 2, 1.0).labels
     loss, right = head.loss(features, sheets, embeddings)
     assert loss.isfinite()

@@ -18,6 +18,7 @@ from finegrain_ops.tiny_llava.tokenizer import NUMBER_WORDS, vocabulary
 from finegrain_ops.tiny_llava.training import loop, rendered
 from finegrain_ops.tiny_llava.training.dense import dense_batch
 from finegrain_ops.tiny_llava.training.loop import STATE, Run, Settings, Stage, schedule, weight_of_boxes
+from finegrain_ops.tiny_llava.training.muon import Muon
 from finegrain_ops.tiny_llava.training.packing import IGNORED, Packer
 from packed_conversations import logits_of
 
@@ -34,6 +35,7 @@ TINY = Settings(
     language=shrunk(Settings().language, share_of_crops=0.3),
     bfloat16=False,
 )
+STILL = {"lr": 0.0, "matrix_lr": 0.0}
 STEPS = [("tower", 1), ("tower", 2), ("tower", 3), ("language", 1), ("language", 2), ("language", 3)]
 
 
@@ -54,6 +56,10 @@ def with_scenes(scenes_folder: Path, folder: Path) -> Path:
     for name in ("train.npy", "train.jsonl"):
         shutil.copy(scenes_folder / name, folder / name)
     return folder
+
+
+def groups_of(run: Run) -> list[dict[str, Any]]:
+    return [group for optimizer in run._optimizers for group in optimizer.param_groups]
 
 
 def weights_of(run: Run) -> dict[str, torch.Tensor]:
@@ -146,7 +152,7 @@ OTHERS = {
     "seed": replace(TINY, seed=1),
     "num_scenes": replace(TINY, num_scenes=47),
     "steps": replace(TINY, tower=replace(TINY.tower, steps=4)),
-    "lr": replace(TINY, language=replace(TINY.language, lr=2e-3)),
+    "lr": replace(TINY, language=replace(TINY.language, lr=3e-3)),
     "bfloat16": replace(TINY, bfloat16=True),
 }
 
@@ -196,7 +202,7 @@ def test_what_each_stage_trains(folder: Path) -> None:
 
 def test_the_language_model_begins_with_the_words_that_the_tower_learnt(folder: Path) -> None:
     """It says them as it reads them."""
-    run = Run(folder, only("language", lr=0.0), workers=1)
+    run = Run(folder, only("language", **STILL), workers=1)
     words = run.model.get_input_embeddings().weight
     with torch.no_grad():
         words += torch.randn_like(words)
@@ -205,7 +211,7 @@ def test_the_language_model_begins_with_the_words_that_the_tower_learnt(folder: 
     with torch.no_grad():
         words += 1
     run.save()
-    resumed = Run(folder, only("language", lr=0.0), workers=1)
+    resumed = Run(folder, only("language", **STILL), workers=1)
     take(resumed, 1, 1e9)
     assert not torch.equal(resumed.model.get_output_embeddings().weight, resumed.model.get_input_embeddings().weight)
 
@@ -218,23 +224,40 @@ def test_the_towers_share_of_the_learning_rate(share: float, folder: Path) -> No
     names = changed(start, weights_of(run))
     assert any("vision_tower" in name for name in names) == (share > 0)
     assert any("language_model" in name for name in names)
-    groups = run._optimizer.param_groups
-    last = run.history[-1]["lr"]
-    assert {group["lr"] / last for group in groups} == {1.0, share}
+    groups = groups_of(run)
     tower = {id(weight) for weight in run.model.model.vision_tower.parameters()}
-    for group in groups:
-        assert {id(weight) in tower for weight in group["params"]} == {group["share"] == share}
+    last = run.history[-1]["lr"] / TINY.language.matrix_lr  # of the highest
+    assert last > 0
+    for optimizer, highest in zip(run._optimizers, (TINY.language.matrix_lr, TINY.language.lr)):
+        for group in optimizer.param_groups:
+            (is_tower,) = {id(weight) in tower for weight in group["params"]}
+            assert group["lr"] == pytest.approx(last * highest * (share if is_tower else 1.0))
     assert sum(len(group["params"]) for group in groups) == len([*run.model.parameters(), *run._head.parameters()])
+
+
+def test_muon_trains_the_layers_matrices_and_adamw_the_rest(folder: Path) -> None:
+    """Rows of embeddings and of the output are words, each with a step of its own."""
+    run = Run(folder, only("language"), workers=1)
+    take(run, 1, 1e9)
+    muon, adamw = run._optimizers
+    assert (type(muon), type(adamw)) == (Muon, torch.optim.AdamW)
+    names = {id(weight): name for name, weight in [*run.model.named_parameters(), *run._head.named_parameters()]}
+    of_muon = {names.pop(id(weight)) for group in muon.param_groups for weight in group["params"]}
+    of_layers = {name for name, weight in run.model.named_parameters() if ".layers." in name and weight.ndim == 2}
+    projector = {name for name, weight in run.model.named_parameters() if "projector" in name and weight.ndim == 2}
+    assert len(of_layers) == 52
+    assert of_muon == of_layers | projector
+    assert {id(weight) for group in adamw.param_groups for weight in group["params"]} == set(names)
 
 
 def test_vectors_and_embeddings_do_not_decay(folder: Path) -> None:
     run = Run(folder, only("language"), workers=1)
     take(run, 1, 1e9)
-    decays = {id(weight): group["weight_decay"] for group in run._optimizer.param_groups for weight in group["params"]}
+    decays = {id(weight): group["weight_decay"] for group in groups_of(run) for weight in group["params"]}
     named = {**dict(run.model.named_parameters()), **dict(run._head.named_parameters())}
     assert len(decays) == len(named)
     embeddings = {id(weight) for weight in embeddings_of(run.model).parameters()}
-    embeddings.add(id(run.model.get_input_embeddings().weight))
+    embeddings |= {id(of.weight) for of in (run.model.get_input_embeddings(), run.model.get_output_embeddings())}
     for name, weight in named.items():
         assert decays[id(weight)] == (0.0 if weight.ndim == 1 or id(weight) in embeddings else 0.05), name
 
@@ -245,7 +268,7 @@ def test_the_learning_rate_rises_and_falls(whole: Run) -> None:
         rates = [row["lr"] for row in whole.history if row["stage"] == name]
         cosine = (1 + np.cos(np.pi * np.arange(stage.steps) / stage.steps)) / 2
         warm = np.minimum(1, np.arange(1, stage.steps + 1) / stage.warmup)
-        expected = stage.lr * warm * (stage.final + (1 - stage.final) * cosine)
+        expected = stage.matrix_lr * warm * (stage.final + (1 - stage.final) * cosine)
         assert rates == pytest.approx(expected.tolist())
     long = replace(TINY.tower, steps=1000, warmup=10, final=0.02)
     factors = [schedule(step, long) for step in range(1001)]
@@ -261,7 +284,7 @@ def test_history_has_what_each_stage_is_about(whole: Run) -> None:
     for row in whole.history:
         assert np.isfinite(row["dense"])
         assert {"loss", "right"} & row.keys() == ({"loss", "right"} if row["stage"] == "language" else set())
-        shares = row.keys() & {"right", "colour", "shape", "letter", "dot", "edges"}
+        shares = row.keys() & {"right", "colour", "shape", "letter", "dot", "count", "edges"}
         assert len(shares) > 1  # two pictures need not show all
         assert all(0 <= row[name] <= 1 for name in shares)
 
@@ -272,7 +295,7 @@ def test_the_language_loss_is_of_each_next_token_that_is_learnt(name: str, folde
     batches: list[Any] = []
     pack = getattr(Packer, name)
     monkeypatch.setattr(Packer, name, lambda *arguments: batches.append(pack(*arguments)) or batches[-1])
-    run = Run(folder, only("language", lr=0.0, rows=2, share_of_crops=float(name == "crops")), workers=1)
+    run = Run(folder, only("language", rows=2, **STILL, share_of_crops=float(name == "crops")), workers=1)
     take(run, 1, 1e9)
     (batch,) = batches
     logits = logits_of(new_model(0), batch.inputs)
@@ -289,9 +312,9 @@ def test_the_language_loss_is_of_each_next_token_that_is_learnt(name: str, folde
 
 def test_the_second_stages_gradient_is_that_of_both_losses(folder: Path, data) -> None:
     """Clipped to a norm of 1."""
-    run = Run(folder, only("language", lr=0.0), workers=1)
+    run = Run(folder, only("language", **STILL), workers=1)
     take(run, 1, 1e9)
-    weights = [weight for group in run._optimizer.param_groups for weight in group["params"]]
+    weights = [weight for group in groups_of(run) for weight in group["params"]]
     found = [None if weight.grad is None else weight.grad.clone() for weight in weights]
     run.model.zero_grad()
     run._head.zero_grad()
@@ -300,7 +323,7 @@ def test_the_second_stages_gradient_is_that_of_both_losses(folder: Path, data) -
     of_tower, _ = run._dense_loss(run.settings.language, data, rng)
     assert of_language.item() > run.history[0]["loss"]  # where it looks counts too
     assert run.history[0]["dense"] == pytest.approx(of_tower.item(), rel=1e-5)
-    expected = torch.autograd.grad(of_language + 0.25 * of_tower, weights, allow_unused=True)
+    expected = torch.autograd.grad(of_language + 0.5 * of_tower, weights, allow_unused=True)
     norm = torch.stack([gradient.norm() for gradient in expected if gradient is not None]).norm()
     assert norm > 1
     for a, b in zip(found, expected):

@@ -1,10 +1,11 @@
 """What each patch of an image shows, as labels for the vision tower: it learns to see before the language model talks,
 and does not forget what is seldom talked about.
 
-A patch says which card it lies on, with its colour and its shape; in a whole scene also where the card's edges are, in
-a crop which letter and which dot is on it, or that there is none. It says so in the language model's own words: what
-comes out of the projector is compared with their embeddings. So a question's "circle" and the patches of a circle are
-alike before the language model has learnt anything, and it has but to look for what is alike.
+A patch says which card it lies on, with its colour and its shape; in a whole scene also where the card's edges are and
+how many cards there are, in a crop which letter and which dot is on it, or that there is none. It says so in the
+language model's own words: what comes out of the projector is compared with their embeddings. So a question's "circle"
+and the patches of a circle are alike before the language model has learnt anything, and it has but to look for what is
+alike.
 
 Besides there are sheets full of letters and dots, at any place: from crops alone, which have one of each, they are
 learnt an order of magnitude slower.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from ...boxes import Box
 from ..drawing import NUM_SPECKS, glyph_mask, ink_on
+from ..questions import NUMBERS
 from ..scenes import COLOURS, LETTERS, PLAIN, SHAPES
 from ..tokenizer import IMAGE_SIDE, NUMBER_WORDS, PATCH_SIZE, vocabulary
 from .rendered import CROPS, WHOLE, RenderedScenes, Sample
@@ -30,10 +32,10 @@ from .rendered import CROPS, WHOLE, RenderedScenes, Sample
 _SIDE = IMAGE_SIDE // PATCH_SIZE  # patches
 _NAMES = list(COLOURS)
 _NO_LABEL = -100
-_COLOUR, _SHAPE, _LETTER, _DOT = range(4)
-_PARTS = ("colour", "shape", "letter", "dot")
-# The last class of each part but the shape: no card, no letter, no dot.
-_CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1)
+_COLOUR, _SHAPE, _LETTER, _DOT, _COUNT = range(5)
+_PARTS = ("colour", "shape", "letter", "dot", "count")
+# The last class of colours, letters and dots: no card, no letter, no dot.
+_CLASSES = (len(COLOURS) + 1, len(SHAPES), len(LETTERS) + 1, len(COLOURS) + 1, len(NUMBERS))
 _NONE_WEIGHT = 0.2  # most patches show no letter
 _EDGES = 4
 _CELL = 28  # pixels of a sheet's cells
@@ -43,14 +45,14 @@ _SHOWN, _NOT_SHOWN = 0.2, 0.02
 
 class DenseBatch(NamedTuple):
     images: np.ndarray  # (B, 112, 112, 3) uint8
-    labels: Tensor  # (B, patches, 8): a class of each part, -100 for none, and the card's box as shares of the image
+    labels: Tensor  # (B, patches, 9): a class of each part, -100 for none, and the card's box as shares of the image
 
 
 class DenseHead(nn.Module):
     """Compares what a patch shows, as the language model gets it, with the words for it.
 
-    Colours, shapes and letters are in it as they are. The dot's colour and the four numbers of the box, which would be
-    mistaken for them and for each other, are turned first, each in a way of its own.
+    Colours, shapes, letters and how many cards there are are in it as they are. The dot's colour and the four numbers
+    of the box, which would be mistaken for them and for each other, are turned first, each in a way of its own.
     """
 
     def __init__(self, width: int) -> None:
@@ -59,8 +61,8 @@ class DenseHead(nn.Module):
         self.dot = nn.Linear(width, width, bias=False)
         self.edges = nn.Linear(width, _EDGES * width, bias=False)
         ids = {word: i for i, word in enumerate(vocabulary())}
-        self._colours, self._shapes, self._letters = (
-            torch.tensor([ids[f" {word}"] for word in words]) for words in (COLOURS, SHAPES, LETTERS)
+        self._colours, self._shapes, self._letters, self._counts = (
+            torch.tensor([ids[f" {word}"] for word in words]) for words in (COLOURS, SHAPES, LETTERS, NUMBERS.values())
         )
         self._numbers = torch.tensor([ids[word] for word in NUMBER_WORDS])
 
@@ -80,6 +82,7 @@ class DenseHead(nn.Module):
             features @ embeddings[self._shapes].T,
             torch.cat([features @ embeddings[self._letters].T, no_letter], -1),
             torch.cat([self.dot(features) @ colours, no_dot], -1),
+            features @ embeddings[self._counts].T,
         )
         losses, right = [], {}
         for k, (name, of_part) in enumerate(zip(_PARTS, scores)):
@@ -116,6 +119,8 @@ def dense_batch(data: RenderedScenes, rng: np.random.Generator, size: int, share
 def _labels(sample: Sample, which: int) -> np.ndarray:
     labels = _unlabelled()
     labels[..., _COLOUR] = len(COLOURS)
+    if which == WHOLE:
+        labels[..., _COUNT] = list(NUMBERS).index(len(sample.cards))
     view = view_of(sample, which)
     for card in sample.cards:
         box = shares(card.box, view)
@@ -208,7 +213,7 @@ _Spots: TypeAlias = tuple[Sequence[int], Sequence[Box]]  # what each is, and its
 
 
 def _label_spots(labels: np.ndarray, letters: _Spots, dots: _Spots) -> None:
-    """Of (patches, patches, 8) labels those of letters and dots, where `_spots` finds them."""
+    """Of (patches, patches, 9) labels those of letters and dots, where `_spots` finds them."""
     for part, (classes, boxes) in ((_LETTER, letters), (_DOT, dots)):
         labels[..., part] = _spots(np.array(classes), np.array(boxes), _CLASSES[part] - 1)
 

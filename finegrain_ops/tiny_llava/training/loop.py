@@ -23,6 +23,7 @@ from tqdm import tqdm
 from ..model import WIDTH, new_model
 from .dense import DenseHead, dense_batch
 from .looking import looking_loss, watch
+from .muon import Muon
 from .packing import IGNORED, Packer, pixel_values
 from .rendered import RenderedScenes
 
@@ -35,7 +36,9 @@ class Stage:
     """One half of the training.
 
     Attributes:
-        lr: the highest; it rises over `warmup` steps and falls along a cosine to `final` of it.
+        matrix_lr: of the layers' matrices, which Muon trains; the highest, for it rises over `warmup` steps and falls
+            along a cosine to `final` of it.
+        lr: of all other weights, which AdamW trains; likewise.
         dense_images: of a step, for the tower's own labels (dense.py); `share_of_sheets` of them are sheets.
         rows: scenes that are talked about in a step; 0: the tower alone is trained.
         tower_lr: of the vision tower, as a share of the rest's.
@@ -47,6 +50,7 @@ class Stage:
     """
 
     steps: int
+    matrix_lr: float
     lr: float
     warmup: int
     final: float
@@ -60,18 +64,19 @@ class Stage:
     boxes_after: int = 0
 
 
-_TOWER = Stage(steps=2000, lr=1e-3, warmup=100, final=0.1, dense_images=64)
+_TOWER = Stage(steps=2000, matrix_lr=0.02, lr=2e-3, warmup=100, final=0.05, dense_images=64)
 _LANGUAGE = Stage(
-    steps=2800,
-    lr=1.5e-3,
-    warmup=200,
+    steps=2400,
+    matrix_lr=0.02,
+    lr=2e-3,
+    warmup=100,
     final=0.02,
     dense_images=16,
     share_of_sheets=0.25,
     rows=16,
     tower_lr=0.3,
     share_of_crops=0.35,
-    dense=0.25,
+    dense=0.5,
     looking=0.3,
     boxes_after=1000,
 )
@@ -120,8 +125,8 @@ class Run:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             self._head = DenseHead(WIDTH)
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._saved_optimizer: Any = None
+        self._optimizers: list[torch.optim.Optimizer] = []  # of the stage that is trained
+        self._saved_optimizers: list[Any] = []
         if self._path.exists():
             self._load()
 
@@ -143,9 +148,9 @@ class Run:
             if stage.rows and not self._done[name]:  # it says a word as it sees it, to begin with
                 with torch.no_grad():
                     self.model.get_output_embeddings().weight.copy_(self.model.get_input_embeddings().weight)
-            if self._optimizer is not None:  # `train` was called before
-                self._saved_optimizer = self._optimizer.state_dict()
-            self._optimizer = self._new_optimizer(name)
+            if self._optimizers:  # `train` was called before
+                self._saved_optimizers = [optimizer.state_dict() for optimizer in self._optimizers]
+            self._optimizers = self._new_optimizers(name)
             bar = tqdm(total=stage.steps, initial=self._done[name], desc=name, unit="step")
             with bar:
                 while self._done[name] < stage.steps:
@@ -172,7 +177,7 @@ class Run:
             "history": json.dumps(self.history),
             "model": self.model.state_dict(),
             "head": self._head.state_dict(),
-            "optimizer": None if self._optimizer is None else self._optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self._path.with_suffix(".unfinished")
@@ -192,38 +197,47 @@ class Run:
         self.history = json.loads(state["history"])
         self.model.load_state_dict(state["model"])
         self._head.load_state_dict(state["head"])
-        self._saved_optimizer = state["optimizer"]
+        self._saved_optimizers = state["optimizers"]
 
-    def _new_optimizer(self, name: str) -> torch.optim.Optimizer:
-        """AdamW; in the middle of a stage, as it was."""
+    def _new_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
+        """Muon and AdamW; in the middle of a stage, as they were."""
         stage = self.settings.stages[name]
-        named = [
-            (key, weight)
-            for key, weight in self.model.named_parameters()
-            if stage.rows or any(part in key for part in _SEEING)
-        ]
-        named += self._head.named_parameters()
-        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for key, weight in named:
-            decay = 0.05 if weight.ndim > 1 and "embed" not in key else 0.0
-            groups.setdefault((decay, stage.tower_lr if "vision_tower" in key else 1.0), []).append(weight)
-        optimizer = torch.optim.AdamW(
-            [{"params": of, "weight_decay": decay, "share": share} for (decay, share), of in groups.items()],
+        matrices: dict[float, list[nn.Parameter]] = {}  # by their share of the learning rate
+        others: dict[tuple[float, float], list[nn.Parameter]] = {}  # also by their weight decay
+        for key, weight in self.model.named_parameters():
+            share = stage.tower_lr if "vision_tower" in key else 1.0
+            if not stage.rows and not any(part in key for part in _SEEING):
+                continue
+            if weight.ndim == 2 and "embed" not in key and "lm_head" not in key:
+                matrices.setdefault(share, []).append(weight)
+            else:
+                others.setdefault((share, 0.0), []).append(weight)
+        for weight in self._head.parameters():
+            others.setdefault((1.0, 0.05 if weight.ndim > 1 else 0.0), []).append(weight)
+        muon = Muon([{"params": of, "highest": share * stage.matrix_lr} for share, of in matrices.items()], lr=0.0)
+        adamw = torch.optim.AdamW(
+            [
+                {"params": of, "weight_decay": decay, "highest": share * stage.lr}
+                for (share, decay), of in others.items()
+            ],
             betas=(0.9, 0.98),
         )
-        if self._done[name] and self._saved_optimizer is not None:
-            optimizer.load_state_dict(self._saved_optimizer)
-        return optimizer
+        optimizers: list[torch.optim.Optimizer] = [muon, adamw]
+        if self._done[name]:
+            for optimizer, saved in zip(optimizers, self._saved_optimizers):
+                optimizer.load_state_dict(saved)
+        return optimizers
 
     def _step(
         self, stage: Stage, step: int, data: RenderedScenes, packer: Packer, rng: np.random.Generator
     ) -> dict[str, float]:
-        assert self._optimizer is not None
-        lr = stage.lr * schedule(step, stage)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr * group["share"]
-        self._optimizer.zero_grad(set_to_none=True)
-        facts = {"lr": lr}
+        share = schedule(step, stage)
+        groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = share * group["highest"]
+        for optimizer in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        facts = {"lr": share * stage.matrix_lr}
         if stage.rows:
             loss, of_language = self._language_loss(stage, step, data, packer, rng)
             loss.backward()
@@ -231,9 +245,9 @@ class Run:
         loss, parts = self._dense_loss(stage, data, rng)
         (stage.dense * loss).backward()
         facts |= {"dense": float(loss.detach()), **parts}
-        weights = [weight for group in self._optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        self._optimizer.step()
+        nn.utils.clip_grad_norm_([weight for group in groups for weight in group["params"]], 1.0)
+        for optimizer in self._optimizers:
+            optimizer.step()
         return facts
 
     def _dense_loss(
@@ -281,7 +295,7 @@ def weight_of_boxes(step: int, stage: Stage) -> float:
 
 
 def schedule(step: int, stage: Stage) -> float:
-    """The learning rate of a step, as a share of the stage's highest."""
+    """The learning rates of a step, as a share of the stage's highest."""
     rising = min(1.0, (step + 1) / stage.warmup)
     falling = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return rising * (stage.final + (1 - stage.final) * falling)
