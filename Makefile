@@ -5,7 +5,7 @@
 #                    same for the CUDA C++ kernels from sm_70 on, with CUDA_AOT_FLAGS and cuda-machine-code.json
 # make eval          what the methods do to the answers of the small model, on held-out pictures, in about 25 minutes;
 #                    tables and plots in bench/results/quality/
-# make train         the small model from nothing, in about 80 minutes on two cores; killed, the same command goes on
+# make train         the small model from nothing, in half an hour to an hour on two cores; killed, the same command goes on
 # make bench         the benchmarks of bench/, side by side in one run
 # make bench-report  the tables and plots of the stored rows, in the README and docs/benchmarks/
 # make lint          ruff, mypy and clang-format

@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.count < 1:
         parser.error(f"--count: expected at least 1, got {options.count}")
     if options.readme:
-        try:  # now, not after a quarter of an hour
+        try:  # now, not after all questions
             replace_between(options.readme.read_text("utf-8"), SECTION, "")
         except (OSError, ValueError) as error:
             parser.error(f"--readme: {error}")

@@ -40,7 +40,7 @@ def answers(trained, asked) -> dict[str, dict[str, Answers]]:
     """DualFocus's with the model's own boxes, by kind and answer ("macro", "micro", "chosen", "either")."""
     return {
         kind: {str(of.setting["answer"]): of for of in dualfocus_answers(*trained, asked[kind], ["predicted"], [])}
-        for kind in (*GLOBAL_KINDS, *LOCAL_KINDS)
+        for kind in KINDS
     }
 
 
@@ -59,8 +59,8 @@ def over(pathways: dict[str, dict[str, list[bool]]], kinds: Sequence[str], answe
 
 
 def test_boxes_are_found(answers) -> None:
-    of_kinds = [answers[kind]["chosen"].facts["iou50"] for kind in BOXED_KINDS if kind != AMBIGUOUS]
-    assert sum(of_kinds) / len(of_kinds) >= 0.9
+    of_kinds = [answers[kind]["chosen"].facts["iou50"] for kind in BOXED_KINDS]
+    assert sum(of_kinds) / len(of_kinds) >= 0.95
 
 
 @pytest.mark.parametrize("kind", LOCAL_KINDS)
@@ -69,17 +69,17 @@ def test_details_are_unreadable_in_the_whole_image(pathways, kind: str) -> None:
 
 
 def test_the_crop_beats_the_whole_image_on_details(pathways) -> None:
-    assert over(pathways, LOCAL_KINDS, "micro") >= over(pathways, LOCAL_KINDS, "macro") + 0.6
+    assert over(pathways, LOCAL_KINDS, "micro") >= over(pathways, LOCAL_KINDS, "macro") + 0.7
 
 
 def test_the_whole_image_is_enough_for_the_rest(pathways) -> None:
-    assert over(pathways, GLOBAL_KINDS, "macro") >= 0.94
+    assert over(pathways, GLOBAL_KINDS, "macro") >= 0.97
 
 
 def test_the_surer_pathway_is_no_worse_than_either(pathways) -> None:
     chosen = over(pathways, SETTLED, "chosen")
     assert chosen >= max(over(pathways, SETTLED, "macro"), over(pathways, SETTLED, "micro")) - 0.01
-    assert chosen >= 0.93
+    assert chosen >= 0.97
 
 
 def test_reweighting_settles_ambiguous_questions(trained, asked) -> None:
@@ -89,8 +89,8 @@ def test_reweighting_settles_ambiguous_questions(trained, asked) -> None:
         for of in cof_answers(*trained, asked[AMBIGUOUS], [1.0, 22.0], ["oracle", "wrong"])
     }
     assert 0.25 <= steered["oracle", 1.0] <= 0.75
-    assert steered["oracle", 22.0] >= 0.7
-    assert steered["oracle", 22.0] >= steered["oracle", 1.0] + 0.15
+    assert steered["oracle", 22.0] >= 0.8
+    assert steered["oracle", 22.0] >= steered["oracle", 1.0] + 0.25
 
 
 def test_a_mild_weight_does_not_lower_plain_accuracy(trained, asked) -> None:

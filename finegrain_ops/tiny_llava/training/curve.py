@@ -1,4 +1,4 @@
-"""The picture of a training: loss and share of right tokens over the minutes."""
+"""The picture of a training: losses and what is right, over the minutes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
-_PARTS = {"tower": ("colour", "shape", "letter", "dot", "edges"), "language": ("right", "looks", "letter", "dot")}
+_PARTS = {
+    "tower": ("colour", "shape", "letter", "dot", "count", "edges"),
+    "language": ("right", "looks", "letter", "dot"),
+}
 _SMOOTHED_OVER = 50  # steps
 
 
