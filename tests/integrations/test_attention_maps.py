@@ -1,9 +1,10 @@
-"""`handle.attention_map` against the attention matrices of eager attention, `handle.image_maps` against where the image
+"""`handle.attention_map` against attention matrices in float64, `handle.image_maps` against where the image
 processor takes its pixels from, and the way from a prompt to a picture.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from fractions import Fraction
@@ -17,7 +18,7 @@ import transformers
 from PIL import Image
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import finegrain_ops
 from finegrain_ops.demo import random_llava
@@ -56,20 +57,30 @@ def matrices() -> list[torch.Tensor]:
 
 
 class EagerMatrices:
-    """Attention matrices of transformers' eager attention, with a bias (B, L, H, P) in the rows of a gate."""
+    """Attention matrices of a dtype throughout, with a bias (B, L, H, P) in the rows of a gate. transformers' own eager
+    attention and Llama's norms compute in float32 whatever the dtype, so both are written out here.
+    """
 
     def __init__(self, dtype: torch.dtype, bias: torch.Tensor, gate: torch.Tensor) -> None:
         self.dtype, self.bias, self.gate = dtype, bias, gate
         self.model = make_model().to(dtype)
+        for module in self.model.modules():
+            if isinstance(module, LlamaRMSNorm):
+                module.forward = functools.partial(
+                    torch.nn.functional.rms_norm,
+                    normalized_shape=module.weight.shape,
+                    weight=module.weight,
+                    eps=module.variance_epsilon,
+                )
         self.seen: list[torch.Tensor] = []
 
-    def _attention(self, module, query, key, value, attention_mask, **kwargs):
-        # transformers masks with the dtype's lowest number, to which float64 cannot add: a row of padding would be NaN.
-        mask = attention_mask.clamp(min=-1e6)
+    def _attention(self, module, query, key, value, attention_mask, scaling, **_):
+        key, value = (of.repeat_interleave(module.num_key_value_groups, dim=1) for of in (key, value))
         term = self.bias[:, module.layer_idx, :, None] * self.gate[:, None, :, None].to(self.dtype)
-        output, weights = eager_attention_forward(module, query, key, value, mask + term, **kwargs)
+        weights = (query @ key.mT * scaling + attention_mask + term).softmax(-1)
+        assert weights.dtype == self.dtype
         self.seen.append(weights)
-        return output, weights
+        return (weights @ value).transpose(1, 2), weights
 
     def __call__(self, inputs) -> torch.Tensor:
         AttentionInterface.register("eager_matrices", self._attention)
@@ -83,8 +94,8 @@ class EagerMatrices:
 
 
 def assert_close(actual: torch.Tensor, expected: list[torch.Tensor]) -> None:
-    """As close to float64 as eager attention in float32 comes, within a factor: both round, each in an order of its
-    own, and the model's logits are large. How much that is differs from processor to processor.
+    """As close to float64 as the same written out in float32 comes, within a factor: both round, each in an order of
+    its own, and the model's logits are large. How much that is differs from processor to processor.
     """
     exact, rounded = expected
     atol = 4 * float((rounded - exact).abs().max()) + 1e-6

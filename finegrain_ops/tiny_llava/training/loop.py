@@ -28,7 +28,6 @@ from .packing import IGNORED, Packer, pixel_values
 from .rendered import RenderedScenes
 
 STATE = "state.pt"
-_SEEING = ("vision_tower", "multi_modal_projector", "embed_tokens")  # what the tower's stage trains
 
 
 @dataclass(frozen=True)
@@ -200,14 +199,14 @@ class Run:
         self._saved_optimizers = state["optimizers"]
 
     def _new_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
-        """Muon and AdamW; in the middle of a stage, as they were."""
+        """Muon and AdamW, of all weights, for both pass over those without a gradient: in the tower's stage the language
+        model's. In the middle of a stage, as they were.
+        """
         stage = self.settings.stages[name]
         matrices: dict[float, list[nn.Parameter]] = {}  # by their share of the learning rate
         others: dict[tuple[float, float], list[nn.Parameter]] = {}  # also by their weight decay
         for key, weight in self.model.named_parameters():
             share = stage.tower_lr if "vision_tower" in key else 1.0
-            if not stage.rows and not any(part in key for part in _SEEING):
-                continue
             if weight.ndim == 2 and "embed" not in key and "lm_head" not in key:
                 matrices.setdefault(share, []).append(weight)
             else:
