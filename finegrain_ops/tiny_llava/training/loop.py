@@ -199,8 +199,8 @@ class Run:
         self._saved_optimizers = state["optimizers"]
 
     def _new_optimizers(self, name: str) -> list[torch.optim.Optimizer]:
-        """Muon and AdamW, of all weights, for both pass over those without a gradient: in the tower's stage the language
-        model's. In the middle of a stage, as they were.
+        """Muon and AdamW; in the middle of a stage, as they were. Of all weights: both pass over those without a
+        gradient, in the tower's stage the language model's.
         """
         stage = self.settings.stages[name]
         matrices: dict[float, list[nn.Parameter]] = {}  # by their share of the learning rate
