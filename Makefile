@@ -3,6 +3,7 @@
 # make aot           compile every shipped kernel configuration for sm_80 and sm_90, without a GPU: no spills, and no
 #                    worse than bench/results/machine-code.json (AOT_FLAGS=--accept writes it, --show prints it); the
 #                    same for the CUDA C++ kernels from sm_70 on, with CUDA_AOT_FLAGS and cuda-machine-code.json
+# make ptx           execute the compiled kernels on a CPU, and count: docs/compiled_kernels.md
 # make eval          what the methods do to the answers of the small model, on held-out pictures, in about 25 minutes;
 #                    tables and plots in bench/results/quality/
 # make train         the small model from nothing, in half an hour to an hour on two cores; killed, the same command goes on
@@ -35,7 +36,7 @@ dev_ready := $(VENV)/.dev-ready
 test4_ready := $(VENV4)/.test-ready
 lmms_eval_ready := $(LMMS_EVAL)/.ready
 
-.PHONY: demo eval train test test-slow aot bench bench-report gpu lint clean
+.PHONY: demo eval train test test-slow aot ptx bench bench-report gpu lint clean
 
 demo: $(demo_ready)
 	$(VENV)/bin/python -m finegrain_ops demo $(DEMO_FLAGS)
@@ -64,6 +65,9 @@ test-slow: $(test_ready)
 aot: $(test_ready)
 	$(VENV)/bin/python -m bench.aot $(AOT_FLAGS)
 	$(VENV)/bin/python -m bench.cuda_aot $(CUDA_AOT_FLAGS)
+
+ptx: $(test_ready)
+	PYTHONPATH=tests $(VENV)/bin/python -m ptx.table
 
 bench: $(test_ready)
 	$(VENV)/bin/python -m pytest bench --benchmark-only $(TEST_FLAGS)

@@ -35,7 +35,7 @@ struct AttentionArguments {
 
   // Of the backward kernels.
   Rows grad_output;  // (B, H, Nq, Dv)
-  Rows delta;        // (B, H, Nq, 1) float32: sum_d grad_output * output - grad_lse
+  Rows delta;        // (B, H, Nq, 1) float32: sum_d grad_output * output - grad_lse; see attention_backward_query.cuh
   Rows grad_query;
   Rows grad_key;
   Rows grad_value;

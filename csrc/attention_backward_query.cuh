@@ -5,6 +5,10 @@
 //   attention       dP = dO V^T,   delta_i = dO_i . o_i - dlse_i
 //   attention map   dP_ij = G_j,   delta_i = sum_j P_ij G_j,   dS = 0 in rows and heads that do not count
 //
+// Where the bias wants a gradient, sum_j dS_ij is added to delta_i for the kernel that comes after: the sum should be
+// dlse_i, and what rounding the output did to delta would be all there is of the gradient of a bias that is the same
+// for all keys.
+//
 // A thread block owns ROWS queries and walks through the keys, as in attention_forward.cuh. Each gradient is written by
 // one thread block, without atomics: two runs give the same bits.
 #pragma once
@@ -76,10 +80,11 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
 #pragma unroll
     for (int i = 0; i < 8; ++i) grad_query[d][0][i] = 0.0f;
   }
+  float residual[2] = {0.0f, 0.0f};  // sums of dS over this lane's columns
   for (int own = tiles.first; own < tiles.last; ++own) {
     const int first_key = tiles.first_key(own), key_of_thread = first_key + threadIdx.x;
-    load_tile<S, S::STEP>(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
-    if (!OF_MAP) load_tile<S, S::STEP>(value_tile, value, first_key, sequence.num_keys, arguments.value_dim, aligned);
+    load_tile<S, S::STEP>(key_tile, key, first_key, tiles.end, arguments.head_dim, aligned);
+    if (!OF_MAP) load_tile<S, S::STEP>(value_tile, value, first_key, tiles.end, arguments.value_dim, aligned);
     bias_tiles.fetch(bias, first_key);
     bias_tiles.put(0, has_gate);
     if (OF_MAP && threadIdx.x < S::STEP)
@@ -105,6 +110,7 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
           const float grad = OF_MAP ? grad_map[16 * n + 8 * (i >> 2) + Matrix::first_column(lane_index()) + (i & 1)]
                                     : grad_scores[n][0][i];
           grad_scores[n][0][i] = exp2_fast(scores[n][0][i]) * (grad - delta[s]);
+          if (!OF_MAP) residual[s] += grad_scores[n][0][i];
         }
         typename Matrix::Left left[1] = {Matrix::to_left(grad_scores[n][0])};
 #pragma unroll
@@ -113,6 +119,15 @@ FINEGRAIN_KERNEL(attention_backward_query, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCK
       }
     }
     __syncthreads();  // nobody reads the tiles any more
+  }
+
+  if (!OF_MAP && arguments.grad_bias.data) {
+#pragma unroll
+    for (int s = 0; s < 2; ++s) {
+      const float sum = sum_of_row<Matrix>(residual[s]);
+      if (lane_rows.exists(0, s) && Matrix::first_column(lane_index()) == 0)
+        sequence.queries<float>(arguments.delta, head)[lane_rows.query(0, s)] = delta[s] + sum;
+    }
   }
 
   const auto result = sequence.queries<Element>(arguments.grad_query, head);

@@ -145,7 +145,7 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
 
   TileCopy<S, S::STEP> key_copy, value_copy;
   auto begin_keys = [&](int first_key) {
-    key_copy.begin(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
+    key_copy.begin(key_tile, key, first_key, tiles.end, arguments.head_dim, aligned);
     commit_copies();
   };
 
@@ -165,7 +165,7 @@ FINEGRAIN_KERNEL(attention_forward, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, fine
     const bool is_last = own + 1 == tiles.last;
     wait_for_copies<0>();
     __syncthreads();  // the keys are here, and nobody reads the values of the tile before any more
-    value_copy.begin(value_tile, value, first_key, sequence.num_keys, arguments.value_dim, aligned);
+    value_copy.begin(value_tile, value, first_key, tiles.end, arguments.value_dim, aligned);
     commit_copies();
     if (!is_last) bias_tiles.fetch(bias, next_key);
     Sums scores[S::STEP_BLOCKS][S::ROW_BLOCKS];  // [16 ROW_BLOCKS, STEP] per warp

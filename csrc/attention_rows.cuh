@@ -63,7 +63,7 @@ FINEGRAIN_KERNEL(attention_rows, 32 * FINEGRAIN_WARPS, FINEGRAIN_BLOCKS, finegra
   }
   for (int own = tiles.first; own < tiles.last; ++own) {
     const int first_key = tiles.first_key(own), key_of_thread = first_key + threadIdx.x;
-    load_tile<S, S::STEP>(key_tile, key, first_key, sequence.num_keys, arguments.head_dim, aligned);
+    load_tile<S, S::STEP>(key_tile, key, first_key, tiles.end, arguments.head_dim, aligned);
     bias_tiles.fetch(bias, first_key);
     bias_tiles.put(0, has_gate);
     if (OF_MAP && threadIdx.x < S::STEP)

@@ -8,14 +8,17 @@ namespace finegrain {
 
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
-// Where a running maximum starts: finite, so that no row needs a test for "nothing seen yet", and below every score
-// that a finite bias leaves finite.
+// Where a running maximum starts: below every score and yet finite, so that no row needs a test for "nothing seen yet".
 constexpr float LOWEST = -1e38f;
 
+// In natural-log units; finegrain_ops/backends/interface.py says why.
+constexpr float LARGEST_BIAS = 131072.0f;
+
+// A finite bias is kept where float32 still tells scores apart; infinities and NaN stay.
 FINEGRAIN_DEVICE float bias_in_base_2(float bias) {
-  const float scaled = bias * LOG2_E;
-  // A finite bias stays finite, since only -inf removes a key; NaN stays NaN.
-  return scaled < 0.5f * LOWEST && bias != -infinity() ? 0.5f * LOWEST : scaled;
+  if (bias < -LARGEST_BIAS && bias != -infinity()) bias = -LARGEST_BIAS;
+  if (bias > LARGEST_BIAS && bias != infinity()) bias = LARGEST_BIAS;
+  return bias * LOG2_E;
 }
 
 // For the backward kernels: a row that saw no key, or does not count, gives probabilities of 0.
@@ -70,19 +73,20 @@ struct BiasTiles {
 };
 
 // First and last + 1 of this split's tiles of keys (tile = split + own * num_splits) that hold a key visible to some
-// row, so that neither the unfilled part of a static cache nor left padding is read. All threads must call it.
+// row, and the last + 1 of these keys, so that neither the unfilled part of a static cache nor left padding is read.
+// All threads must call it.
 template <class S>
 FINEGRAIN_DEVICE void visible_tiles(const KeyBias& bias, bool bias_hides, int split, int num_splits, int& first,
-                                    int& last, int* scratch) {
+                                    int& last, int& end, int* scratch) {
   const int lane = lane_index();
-  int lowest = last, highest = 0;
+  int lowest = last, highest = 0;  // tile, key
   for (int i = threadIdx.x; i < last * S::STEP; i += S::THREADS) {
     const int own = i / S::STEP, key = (split + own * num_splits) * S::STEP + i % S::STEP;
     float added = bias.hidden(key);
     if (bias_hides) added += bias.added(key);
     if (added != -infinity()) {
       lowest = min(lowest, own);
-      highest = max(highest, own + 1);
+      highest = max(highest, key + 1);
     }
   }
 #pragma unroll
@@ -95,12 +99,13 @@ FINEGRAIN_DEVICE void visible_tiles(const KeyBias& bias, bool bias_hides, int sp
     scratch[2 * warp_index() + 1] = highest;
   }
   __syncthreads();
-  first = scratch[0], last = scratch[1];
+  first = scratch[0], end = scratch[1];
 #pragma unroll
   for (int warp = 1; warp < S::WARPS; ++warp) {
     first = min(first, scratch[2 * warp]);
-    last = max(last, scratch[2 * warp + 1]);
+    end = max(end, scratch[2 * warp + 1]);
   }
+  last = end > 0 ? ((end - 1) / S::STEP - split) / num_splits + 1 : 0;
 }
 
 // The keys that a block of query rows walks through, a tile at a time.
@@ -108,18 +113,20 @@ template <class S>
 struct KeyTiles {
   int first;  // own tiles
   int last;
+  int end;  // no row sees a key from here on: an unfilled cache may hold NaN there, which must not meet a weight of 0
   int split;
   int num_splits;
 
   FINEGRAIN_DEVICE KeyTiles(const AttentionArguments& arguments, const Sequence& sequence, const KeyBias& bias,
                             int last_query, int split_, int* scratch)
       : first(0), split(split_), num_splits(arguments.num_splits) {
-    int end = sequence.num_keys;
+    end = sequence.num_keys;
     if (arguments.is_causal) end = min(end, last_query + sequence.shift + 1);
     const int tiles = (max(end, 0) + S::STEP - 1) / S::STEP;
     last = max(tiles - split + num_splits - 1, 0) / num_splits;
     const bool bias_hides = bias.has_bias && !arguments.gate.data;
-    if (bias_hides || bias.has_padding) visible_tiles<S>(bias, bias_hides, split, num_splits, first, last, scratch);
+    if (bias_hides || bias.has_padding)
+      visible_tiles<S>(bias, bias_hides, split, num_splits, first, last, end, scratch);
   }
   FINEGRAIN_DEVICE int first_key(int own) const { return (split + own * num_splits) * S::STEP; }
 };

@@ -45,7 +45,8 @@ def reweighted_attention(
         region_mask: M, bool or float in [0, 1], (Nk,), (B, Nk) or (B, H, Nk). None: no region, and weight has
             no effect.
         weight: lambda >= 0, a number or a float tensor (), (B,) or (B, H). 0 removes the keys with M > 0.
-        key_bias: b, float, natural-log units, shapes as M; added to log(lambda) M. -inf removes a key.
+        key_bias: b, float, natural-log units, shapes as M; added to log(lambda) M. -inf removes a key; finite sums
+            beyond +-131072 (2^17) count as that, so that a row all of whose keys carry -1e9 still tells them apart.
         key_padding_mask: (B, Nk) bool, True = attend. It holds for every row, whatever row_gate says.
         row_gate: g, (Nq,) or (B, Nq) bool: the rows in which the bias acts. None: all of them.
         is_causal: row i sees keys j <= i + Nk - Nq: aligned bottom-right, as in flash-attn.
@@ -146,7 +147,8 @@ def reweighted_attention_varlen(
         max_seqlen_k: the same of key and value.
         region_mask: M, bool or float in [0, 1], (Tk,) or (H, Tk). None: no region, and weight has no effect.
         weight: lambda >= 0, a number or a float tensor (), (num_seqs,) or (num_seqs, H). 0 removes the keys with M > 0.
-        key_bias: b, float, natural-log units, shapes as M; added to log(lambda) M. -inf removes a key.
+        key_bias: b, float, natural-log units, shapes as M; added to log(lambda) M. -inf removes a key; finite sums
+            beyond +-131072 (2^17) count as that, so that a row all of whose keys carry -1e9 still tells them apart.
         row_gate: g, (Tq,) bool: the rows in which the bias acts. None: all of them.
         is_causal: in a sequence of n rows and m keys, row i sees keys j <= i + m - n: aligned bottom-right.
         scale: of the dot product; default 1 / sqrt(D).

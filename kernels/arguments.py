@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,7 +50,6 @@ class Units:
     score_multiplier: float
     factor: float
     bias_multiplier: float
-    lowest: float
 
     @staticmethod
     @functools.lru_cache(maxsize=1024)
@@ -62,7 +61,6 @@ class Units:
             score_multiplier=scale * LOG2_E,
             factor=factor,
             bias_multiplier=1.0 / scale if folded else LOG2_E,
-            lowest=-1e37 / max(1.0, factor),  # times factor it must not overflow
         )
 
 
@@ -124,7 +122,12 @@ class AttentionInputs:
         is_uneven = not self.units.FOLDED or any(sum(split_head_dim(d)) > d for d in (self.head_dim, value_dim))
         regime = "gated" if self.has_gate else "uneven" if is_uneven else "plain" if self.packing is None else "packed"
         element_size = self.key.element_size()
-        return tile_for(kernel, self.compute_capability, element_size, self.head_dim, value_dim, regime=regime)
+        tile = tile_for(kernel, self.compute_capability, element_size, self.head_dim, value_dim, regime=regime)
+        if self.compute_capability >= 90 and not _is_aligned(self.key):
+            # Such keys cannot be copied asynchronously, values can. Where a pipeline has both, Triton 3.7 puts no fence
+            # between the copy of the keys and the wgmma that reads them; without stages it does.
+            return replace(tile, num_stages=1)
+        return tile
 
     @functools.cached_property
     def units(self) -> Units:
@@ -143,7 +146,6 @@ class AttentionInputs:
             longest=self.longest_key,
             has_gate=self.has_gate,
             multiplier=self.units.bias_multiplier,
-            lowest=self.units.lowest,
         )
 
     def _wide_offsets(self, *tensors: Tensor) -> bool:
@@ -236,6 +238,12 @@ def _strides(tensors: dict[str, Tensor]) -> dict[str, int]:
         strides |= {f"{name}_stride_b": b, f"{name}_stride_h": h, f"{name}_stride_n": n}
     unit = _ALIGNED_ELEMENTS if all(stride % _ALIGNED_ELEMENTS == 0 for stride in strides.values()) else 1
     return {name: stride // unit for name, stride in strides.items()} | {"STRIDE_UNIT": unit}
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether every row begins at a multiple of 16 bytes."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in strides_of(tensor))
 
 
 def parts(name: str, prefix: str, head_dim: int) -> dict[str, int]:

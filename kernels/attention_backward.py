@@ -4,8 +4,9 @@ arXiv 2307.08691, Algorithm 2).
     P_ij = exp(s_ij - lse_i),   dP_ij = dO_i . v_j,   dS_ij = P_ij (dP_ij - delta_i),   delta_i = dO_i . o_i - dlse_i
     dq_i = scale sum_j dS_ij k_j,   dk_j = scale sum_i dS_ij q_i,   dv_j = sum_i P_ij dO_i,   db_j = sum_i g_i dS_ij
 
-Three kernels: this file's makes delta and lse of all rows, attention_backward_keys.py walks over the rows for a tile of
-keys (dk, dv, db), attention_backward_query.py over the keys for a tile of rows (dq). Each result is summed in one
+Three kernels, one after another: this file's makes delta and lse of all rows, attention_backward_query.py walks over
+the keys for a tile of rows (dq, and a better delta if db is wanted), attention_backward_keys.py over the rows for a
+tile of keys (dk, dv, db). Each result is summed in one
 program, in one order, without atomics: two runs agree to the bit.
 
 An attention map, map_j = sum of P_ij over chosen rows i, has the same gradients with dP_ij = dmap_j, delta_i =
@@ -22,6 +23,7 @@ from torch import Tensor
 from .arguments import AttentionInputs, parts, strides_of
 from .attention_backward_keys import attention_backward_keys
 from .attention_backward_query import attention_backward_query
+from .tuning import EXACT
 
 
 @triton.jit(do_not_specialize=["num_queries"])
@@ -103,10 +105,13 @@ def attention_backward(
         VALUE_DIM=value.shape[-1],
         BLOCK_M=block_m,
         BLOCK_DV=block_dv,
+        **EXACT,
     )
     values = {"value": value, "grad_output": grad_output}
     constants = parts("VALUE_DIM", "DV", value.shape[-1])
-    attention_backward_query(inputs, values, constants, None, row_lse, delta, grad_query)
+    attention_backward_query(inputs, values, constants, None, row_lse, delta, grad_query, bias_needs_grad)
+    if bias_needs_grad and grad_lse is not None:
+        delta -= grad_lse  # see attention_backward_query.py
     return attention_backward_keys(
         inputs, values, constants, None, row_lse, delta, grad_key, grad_value, bias_needs_grad
     )

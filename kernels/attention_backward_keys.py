@@ -22,6 +22,7 @@ from .arguments import AttentionInputs
 from .head_dim import add_weighted_rows, dot_rows, load_rows, scale_rows, store_rows, zero_rows
 from .key_bias import packed_bias_row, sequence_bounds
 from .scores import masked_scores_transposed
+from .softmax import exponentials
 
 
 @triton.jit
@@ -99,7 +100,7 @@ def _add_key_gradients(
             key, query, bias, attend, gate, keys, rows + offset, score_multiplier,
             BIASED, MASKED, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED)
         # fmt: on
-        probabilities = tl.exp2(scores * factor - row_lse[None, :])  # [BLOCK_N, BLOCK_M]
+        probabilities = exponentials(scores, factor, row_lse[None, :])  # [BLOCK_N, BLOCK_M]
         if OF_MAP:
             grad_scores = probabilities * (grad_map[:, None] - delta[None, :])
         else:

@@ -1,4 +1,11 @@
-"""dq of attention, or of an attention map (OF_MAP): see attention_backward.py for the equations."""
+"""dq of attention, or of an attention map (OF_MAP): see attention_backward.py for the equations.
+
+Where the bias wants a gradient, it also makes delta anew, since db_j = sum_i dS_ij must not keep what rounding the
+output did to delta: a bias that is the same for all keys that a row sees has a gradient of 0, in which that error would
+be all there is, and d(weight) divides it by weight.
+
+    sum_j dS_ij = dlse_i   holds for the delta_i to which   sum_j dS_ij - dlse_i   is added
+"""
 
 from __future__ import annotations
 
@@ -10,11 +17,13 @@ from .arguments import AttentionInputs
 from .head_dim import add_weighted_rows, dot_rows, load_rows, scale_rows, store_rows, zero_rows
 from .key_bias import packed_bias_row, sequence_bounds
 from .scores import key_ranges, masked_scores
+from .softmax import exponentials
 
 
 @triton.jit
 def _add_query_gradient(
     grad_query,  # parts of [BLOCK_M, HEAD_DIM] float32
+    residual,  # [BLOCK_M] float32: sum of dS, with REFINES_DELTA
     query,  # parts of [BLOCK_M, HEAD_DIM]
     grad_output,  # parts of [BLOCK_M, VALUE_DIM]; unread with OF_MAP
     row_lse,  # [BLOCK_M] float32, base 2
@@ -37,6 +46,7 @@ def _add_query_gradient(
     BIASED: tl.constexpr,
     MASKED: tl.constexpr,
     OF_MAP: tl.constexpr,
+    REFINES_DELTA: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_GATE: tl.constexpr,
     HAS_PADDING: tl.constexpr,
@@ -64,7 +74,7 @@ def _add_query_gradient(
             query, key, bias_address, padding_base, gate, last_key, first_key, block, inside, padding_stride_n,
             score_multiplier, BIASED, MASKED, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED)
         # fmt: on
-        probabilities = tl.exp2(scores * factor - row_lse[:, None])  # [BLOCK_M, BLOCK_N]
+        probabilities = exponentials(scores, factor, row_lse[:, None])  # [BLOCK_M, BLOCK_N]
         if OF_MAP:
             grad_map = tl.load(grad_map_base + first_key + block, mask=inside, other=0.0)
             grad_probabilities = grad_map[None, :]
@@ -74,11 +84,13 @@ def _add_query_gradient(
             )
             grad_probabilities = dot_rows(grad_output, value)
         grad_scores = probabilities * (grad_probabilities - delta[:, None])
+        if REFINES_DELTA:
+            residual += tl.sum(grad_scores, 1)
         grad_query = add_weighted_rows(grad_query, grad_scores, key)
         key_offset += BLOCK_N * key_stride_n
         value_offset += BLOCK_N * value_stride_n
         bias_block += BLOCK_N
-    return grad_query
+    return grad_query, residual
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "longest_query"])
@@ -95,7 +107,7 @@ def attention_backward_query_kernel(
     cu_seqlens_q_ptr,  # (sequences + 1,) int32, read only with PACKED
     cu_seqlens_k_ptr,
     row_lse_ptr,  # (B, H, Nq) or (H, Tq) float32, base 2
-    delta_ptr,
+    delta_ptr,  # with REFINES_DELTA written too: sum_j dS_ij is added
     grad_query_ptr,
     query_stride_b,
     query_stride_h,
@@ -131,6 +143,7 @@ def attention_backward_query_kernel(
     score_multiplier,
     factor,
     OF_MAP: tl.constexpr,
+    REFINES_DELTA: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -209,29 +222,32 @@ def attention_backward_query_kernel(
         start, bias_start, bias_end, full_end, end = 0, 0, 0, 0, 0
 
     grad_query = zero_rows(BLOCK_M, D0, D1, D2)
+    residual = tl.zeros([BLOCK_M], tl.float32)
     # fmt: off
     if HAS_BIAS:
-        grad_query = _add_query_gradient(
-            grad_query, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base,
-            padding_base, gate, rows + offset, start, bias_start, num_keys, key_stride_n, value_stride_n,
-            padding_stride_n, score_multiplier, factor, False, False, OF_MAP, IS_CAUSAL, HAS_GATE, HAS_PADDING,
-            FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-        grad_query = _add_query_gradient(
-            grad_query, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base,
-            padding_base, gate, rows + offset, bias_start, bias_end, num_keys, key_stride_n, value_stride_n,
-            padding_stride_n, score_multiplier, factor, True, False, OF_MAP, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED,
-            WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-    grad_query = _add_query_gradient(
-        grad_query, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base, padding_base,
-        gate, rows + offset, bias_end, full_end, num_keys, key_stride_n, value_stride_n, padding_stride_n,
-        score_multiplier, factor, False, False, OF_MAP, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
-        HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-    grad_query = _add_query_gradient(
-        grad_query, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base, padding_base,
-        gate, rows + offset, full_end, end, num_keys, key_stride_n, value_stride_n, padding_stride_n,
-        score_multiplier, factor, HAS_BIAS, True, OF_MAP, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
-        HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
+        grad_query, residual = _add_query_gradient(
+            grad_query, residual, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base,
+            bias_base, padding_base, gate, rows + offset, start, bias_start, num_keys, key_stride_n, value_stride_n,
+            padding_stride_n, score_multiplier, factor, False, False, OF_MAP, REFINES_DELTA, IS_CAUSAL, HAS_GATE,
+            HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
+        grad_query, residual = _add_query_gradient(
+            grad_query, residual, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base,
+            bias_base, padding_base, gate, rows + offset, bias_start, bias_end, num_keys, key_stride_n, value_stride_n,
+            padding_stride_n, score_multiplier, factor, True, False, OF_MAP, REFINES_DELTA, IS_CAUSAL, HAS_GATE,
+            HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
+    grad_query, residual = _add_query_gradient(
+        grad_query, residual, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base,
+        padding_base, gate, rows + offset, bias_end, full_end, num_keys, key_stride_n, value_stride_n,
+        padding_stride_n, score_multiplier, factor, False, False, OF_MAP, REFINES_DELTA, IS_CAUSAL, HAS_GATE,
+        HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
+    grad_query, residual = _add_query_gradient(
+        grad_query, residual, query, grad_output, row_lse, delta, key_base, value_base, grad_map_base, bias_base,
+        padding_base, gate, rows + offset, full_end, end, num_keys, key_stride_n, value_stride_n, padding_stride_n,
+        score_multiplier, factor, HAS_BIAS, True, OF_MAP, REFINES_DELTA, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED,
+        WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
     # fmt: on
+    if REFINES_DELTA:
+        tl.store(delta_ptr + lse_offset + rows, delta + residual, mask=is_row)
     grad_query = scale_rows(grad_query, tl.zeros([BLOCK_M], tl.float32) + scale)
     store_rows(grad_query_base, rows_64, grad_query_stride_n, is_row, grad_query, HEAD_DIM, D0, D1, D2)
 
@@ -244,8 +260,11 @@ def attention_backward_query(
     row_lse: Tensor,
     delta: Tensor,
     grad_query: Tensor,
+    refines_delta: bool = False,
 ) -> None:
-    """Writes grad_query. `values` are value and grad_output; with a grad_map they are not read."""
+    """Writes grad_query, and adds sum_j dS_ij to delta if asked to. `values` are value and grad_output;
+    with a grad_map they are not read.
+    """
     kernel = "backward_query" if grad_map is None else "map_backward_query"
     tile = inputs.tile(kernel, value_constants["VALUE_DIM"])
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
@@ -258,6 +277,7 @@ def attention_backward_query(
         **inputs.lse_strides(),
         scale=inputs.scale,
         OF_MAP=grad_map is not None,
+        REFINES_DELTA=refines_delta,
         **value_constants,
         **tile.launch_arguments(),
     )

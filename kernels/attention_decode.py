@@ -23,8 +23,9 @@ from torch import Tensor
 from .arguments import AttentionInputs, parts
 from .head_dim import add_weighted_rows, dot_rows, load_rows, scale_rows, store_rows, zero_rows
 from .key_bias import bias_in_units
-from .softmax import natural_lse, online_softmax_step
-from .tuning import decode_splits
+from .scores import plus_bias
+from .softmax import LOWEST, natural_lse, online_softmax_step
+from .tuning import EXACT, decode_splits
 
 MOST_ROWS = 64  # of a KV group: beyond, attention_forward.py has enough to do
 
@@ -44,8 +45,8 @@ def _visible_blocks(
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """First and last + 1 of this program's blocks that hold a visible key."""
-    first, last = num_blocks, 0
+    """First and last + 1 of this program's blocks that hold a visible key, and the last + 1 of these keys."""
+    first, last, end_key = num_blocks, 0, 0
     for start in range(0, num_blocks, BLOCKS):
         own = start + tl.arange(0, BLOCKS)  # [BLOCKS]
         keys = (own * num_splits + split)[:, None].to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -56,10 +57,11 @@ def _visible_blocks(
         if BIAS_HIDES:
             bias = tl.load(bias_base + keys * bias_stride_n, mask=inside, other=float("-inf"))
             visible *= (bias != float("-inf")).to(tl.int32)
+        end_key = tl.maximum(end_key, tl.max(tl.max(visible * (keys + 1).to(tl.int32), 1), 0))
         any_visible = tl.max(visible, 1) > 0
         first = tl.minimum(first, tl.min(tl.where(any_visible, own, num_blocks), 0))
         last = tl.maximum(last, tl.max(tl.where(any_visible, own + 1, 0), 0))
-    return first, last
+    return first, last, end_key
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -99,7 +101,6 @@ def attention_decode_kernel(
     num_keys,
     score_multiplier,
     factor,
-    lowest,
     bias_multiplier,
     HAS_BIAS: tl.constexpr,
     BIAS_PER_HEAD: tl.constexpr,
@@ -145,11 +146,11 @@ def attention_decode_kernel(
     bias_base = bias_ptr + batch * bias_stride_b
     padding_base = padding_ptr + batch * padding_stride_b
 
-    first_block, last_block = 0, tl.cdiv(tl.cdiv(num_keys, BLOCK_N) - split, num_splits)
+    first_block, last_block, end_key = 0, tl.cdiv(tl.cdiv(num_keys, BLOCK_N) - split, num_splits), num_keys
     # A bias that every row feels hides its -inf keys from all of them.
     BIAS_HIDES: tl.constexpr = HAS_BIAS and not BIAS_PER_HEAD and not HAS_GATE
     if HAS_PADDING or BIAS_HIDES:
-        first_block, last_block = _visible_blocks(
+        first_block, last_block, end_key = _visible_blocks(
             bias_base,
             padding_base,
             bias_stride_n,
@@ -164,14 +165,14 @@ def attention_decode_kernel(
             16,
         )
 
-    maximum = tl.zeros([BLOCK_M], tl.float32) + lowest
+    shift = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = zero_rows(BLOCK_M, DV0, DV1, DV2)
     block = tl.arange(0, BLOCK_N)
     for own_block in tl.range(first_block, last_block):
         first_key = (own_block * num_splits + split) * BLOCK_N
         keys = first_key + block  # [BLOCK_N]
-        inside = keys < num_keys
+        inside = keys < end_key  # what an unfilled cache holds beyond may be NaN, and 0 * NaN is NaN
         first_key_64 = tl.cast(first_key, tl.int64)
         key_block, value_block = key_base + first_key_64 * key_stride_n, value_base + first_key_64 * value_stride_n
         key = load_rows(key_block, block, key_stride_n, inside, HEAD_DIM, D0, D1, D2, True)
@@ -186,8 +187,8 @@ def attention_decode_kernel(
                 bias = tl.load(address, mask=is_row[:, None] & inside[None, :], other=0.0)
             else:
                 bias = tl.load(bias_base + keys_64 * bias_stride_n, mask=inside, other=0.0)[None, :]
-            bias = bias_in_units(bias, bias_multiplier, lowest)
-            scores = scores + (tl.where(gate[:, None], bias, 0.0) if HAS_GATE else bias)
+            bias = bias_in_units(bias, bias_multiplier)
+            scores = plus_bias(scores, tl.where(gate[:, None], bias, 0.0) if HAS_GATE else bias)
         visible = inside
         if HAS_PADDING:
             visible = tl.load(padding_base + keys_64 * padding_stride_n, mask=inside, other=0) != 0
@@ -195,7 +196,7 @@ def attention_decode_kernel(
         if IS_CAUSAL:
             visible = visible & (keys[None, :] <= rows[:, None] + num_keys - num_queries)
         scores = tl.where(visible, scores, float("-inf"))
-        probabilities, correction, maximum, total = online_softmax_step(scores, maximum, total, factor)
+        probabilities, correction, shift, total = online_softmax_step(scores, shift, total, factor)
         accumulator = add_weighted_rows(scale_rows(accumulator, correction), probabilities, value)
 
     output = scale_rows(accumulator, 1.0 / tl.where(total == 0.0, 1.0, total))  # a row that saw no key: 0
@@ -204,7 +205,7 @@ def attention_decode_kernel(
     store_rows(output_base, output_rows, 1, is_row, output, VALUE_DIM, DV0, DV1, DV2)
     if RETURN_LSE:
         lse_row = (batch * num_heads + heads) * num_queries + rows
-        tl.store(lse_ptr + split * lse_stride_split + lse_row, natural_lse(maximum, total, factor), mask=is_row)
+        tl.store(lse_ptr + split * lse_stride_split + lse_row, natural_lse(shift, total), mask=is_row)
 
 
 @triton.jit
@@ -269,7 +270,6 @@ def attention_decode(
     bias = inputs.key_bias
     attention_decode_kernel[(splits, batch * inputs.kv_heads)](
         **inputs.shared_arguments(value=value),
-        lowest=inputs.units.lowest,
         bias_ptr=inputs.query if bias is None else bias,
         bias_stride_b=0 if bias is None else bias.stride(0),
         bias_stride_h=0 if bias is None else bias.stride(1),
@@ -305,4 +305,5 @@ def attention_decode(
             VALUE_DIM=value_dim,
             BLOCK_S=triton.next_power_of_2(splits),
             BLOCK_DV=max(16, triton.next_power_of_2(value_dim)),
+            **EXACT,
         )

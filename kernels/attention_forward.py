@@ -13,13 +13,13 @@ from .arguments import AttentionInputs, parts
 from .head_dim import add_weighted_rows, load_rows, scale_rows, store_rows, zero_rows
 from .key_bias import packed_bias_row, sequence_bounds
 from .scores import key_ranges, masked_scores
-from .softmax import natural_lse, online_softmax_step
+from .softmax import LOWEST, natural_lse, online_softmax_step
 
 
 @triton.jit
 def _attend_range(
     accumulator,  # parts of [BLOCK_M, VALUE_DIM] float32
-    maximum,  # [BLOCK_M] float32, in units (see softmax.py)
+    shift,  # [BLOCK_M] float32, base 2 (see softmax.py)
     total,  # [BLOCK_M] float32
     query,  # parts of [BLOCK_M, HEAD_DIM]
     key_base,
@@ -68,12 +68,12 @@ def _attend_range(
             query, key, bias_address, padding_base, gate, last_key, first_key, block, inside, padding_stride_n,
             score_multiplier, BIASED, MASKED, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED)
         # fmt: on
-        probabilities, correction, maximum, total = online_softmax_step(scores, maximum, total, factor)
+        probabilities, correction, shift, total = online_softmax_step(scores, shift, total, factor)
         accumulator = add_weighted_rows(scale_rows(accumulator, correction), probabilities, value)
         key_offset += BLOCK_N * key_stride_n
         value_offset += BLOCK_N * value_stride_n
         bias_block += BLOCK_N
-    return accumulator, maximum, total
+    return accumulator, shift, total
 
 
 # Lengths change at every step of a decode; specialising on them would compile the kernel again and again.
@@ -119,7 +119,6 @@ def attention_forward_kernel(
     longest_query,
     score_multiplier,
     factor,
-    lowest,
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -187,28 +186,28 @@ def attention_forward_kernel(
     start, bias_start, bias_end, full_end, end = key_ranges(
         key_range, first_row, offset, num_keys, HAS_BIAS, IS_CAUSAL, BLOCK_M, BLOCK_N
     )
-    maximum = tl.zeros([BLOCK_M], tl.float32) + lowest
+    shift = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     accumulator = zero_rows(BLOCK_M, DV0, DV1, DV2)
     # fmt: off
     if HAS_BIAS:
-        accumulator, maximum, total = _attend_range(
-            accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
+        accumulator, shift, total = _attend_range(
+            accumulator, shift, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
             start, bias_start, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
             False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
             HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-        accumulator, maximum, total = _attend_range(
-            accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
+        accumulator, shift, total = _attend_range(
+            accumulator, shift, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
             bias_start, bias_end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
             True, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
             HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-    accumulator, maximum, total = _attend_range(
-        accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
+    accumulator, shift, total = _attend_range(
+        accumulator, shift, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
         bias_end, full_end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
         False, False, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
         HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
-    accumulator, maximum, total = _attend_range(
-        accumulator, maximum, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
+    accumulator, shift, total = _attend_range(
+        accumulator, shift, total, query, key_base, value_base, bias_base, padding_base, gate, rows + offset,
         full_end, end, num_keys, key_stride_n, value_stride_n, padding_stride_n, score_multiplier, factor,
         HAS_BIAS, True, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS,
         HEAD_DIM, D0, D1, D2, VALUE_DIM, DV0, DV1, DV2, BLOCK_N)
@@ -217,7 +216,7 @@ def attention_forward_kernel(
     output = scale_rows(accumulator, 1.0 / tl.where(total == 0.0, 1.0, total))  # a row that saw no key: 0
     store_rows(output_base, rows_64, output_stride_n, is_row, output, VALUE_DIM, DV0, DV1, DV2)
     if RETURN_LSE:
-        tl.store(lse_base + rows, natural_lse(maximum, total, factor), mask=is_row)
+        tl.store(lse_base + rows, natural_lse(shift, total), mask=is_row)
 
 
 def attention_forward(inputs: AttentionInputs, value: Tensor, output: Tensor, lse: Tensor | None) -> None:
@@ -229,7 +228,6 @@ def attention_forward(inputs: AttentionInputs, value: Tensor, output: Tensor, ls
     attention_forward_kernel[grid](
         **inputs.kernel_arguments(value=value, output=output),
         longest_query=inputs.longest_query,
-        lowest=inputs.units.lowest,
         lse_ptr=inputs.query if lse is None else lse,
         **inputs.lse_strides(),
         **parts("VALUE_DIM", "DV", value.shape[-1]),

@@ -21,11 +21,13 @@ from .attention_backward_query import attention_backward_query
 from .head_dim import load_rows
 from .row_range import row_range_kernel
 from .scores import key_ranges, masked_scores, masked_scores_transposed
+from .softmax import LOWEST, exponentials, natural_lse, online_softmax_step
+from .tuning import EXACT
 
 
 @triton.jit
 def _walk_over_keys(
-    maximum,  # [BLOCK_M] float32, in units (softmax.py); with OF_GRADIENT the sum of the probabilities
+    shift,  # [BLOCK_M] float32, base 2 (softmax.py); with OF_GRADIENT the sum of the probabilities
     total,  # [BLOCK_M] float32: of exponentials; with OF_GRADIENT of their products with grad_map
     query,  # parts of [BLOCK_M, HEAD_DIM]
     row_lse,  # [BLOCK_M] float32, base 2; read only with OF_GRADIENT
@@ -70,17 +72,14 @@ def _walk_over_keys(
         # fmt: on
         if OF_GRADIENT:
             grad_map = tl.load(grad_map_base + first_key + block, mask=inside, other=0.0)
-            probabilities = tl.exp2(scores * factor - row_lse[:, None])
-            maximum += tl.sum(probabilities, 1)
+            probabilities = exponentials(scores, factor, row_lse[:, None])
+            shift += tl.sum(probabilities, 1)
             total += tl.sum(probabilities * grad_map[None, :], 1)
         else:
-            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-            shift = new_maximum * factor
-            total = total * tl.exp2(maximum * factor - shift) + tl.sum(tl.exp2(scores * factor - shift[:, None]), 1)
-            maximum = new_maximum
+            _, _, shift, total = online_softmax_step(scores, shift, total, factor)
         key_offset += BLOCK_N * key_stride_n
         bias_block += BLOCK_N
-    return maximum, total
+    return shift, total
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -120,7 +119,6 @@ def attention_map_rows_kernel(
     num_keys,
     score_multiplier,
     factor,
-    lowest,
     LSE_IS_KNOWN: tl.constexpr,
     OF_GRADIENT: tl.constexpr,
     HAS_ROWS: tl.constexpr,
@@ -181,7 +179,7 @@ def attention_map_rows_kernel(
     gate = is_row
     if HAS_GATE:
         gate = tl.load(gate_ptr + batch * gate_stride_b + rows_64 * gate_stride_n, mask=is_row, other=0) != 0
-    maximum = tl.zeros([BLOCK_M], tl.float32) + (0.0 if OF_GRADIENT else lowest)
+    shift = tl.full([BLOCK_M], 0.0 if OF_GRADIENT else LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     row_lse = total
     if LSE_IS_KNOWN:
@@ -190,31 +188,30 @@ def attention_map_rows_kernel(
         row_lse = tl.where(chosen & (row_lse != float("-inf")), row_lse, float("inf"))
     # fmt: off
     if HAS_BIAS:
-        maximum, total = _walk_over_keys(
-            maximum, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
+        shift, total = _walk_over_keys(
+            shift, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
             start, bias_start, num_keys, key_stride_n, padding_stride_n, score_multiplier, factor, False, False,
             OF_GRADIENT, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, BLOCK_N)
-        maximum, total = _walk_over_keys(
-            maximum, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
+        shift, total = _walk_over_keys(
+            shift, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
             bias_start, bias_end, num_keys, key_stride_n, padding_stride_n, score_multiplier, factor, True, False,
             OF_GRADIENT, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, BLOCK_N)
-    maximum, total = _walk_over_keys(
-        maximum, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
+    shift, total = _walk_over_keys(
+        shift, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
         bias_end, full_end, num_keys, key_stride_n, padding_stride_n, score_multiplier, factor, False, False,
         OF_GRADIENT, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, BLOCK_N)
-    maximum, total = _walk_over_keys(
-        maximum, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
+    shift, total = _walk_over_keys(
+        shift, total, query, row_lse, key_base, grad_map_base, bias_base, padding_base, gate, rows + offset,
         full_end, end, num_keys, key_stride_n, padding_stride_n, score_multiplier, factor, HAS_BIAS, True,
         OF_GRADIENT, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED, WIDE_OFFSETS, HEAD_DIM, D0, D1, D2, BLOCK_N)
     # fmt: on
     if OF_GRADIENT:
         # Probabilities from a rounded lse add up to 1 only nearly; without the division the error would stay in every
         # dS.
-        tl.store(delta_ptr + row_at, total / tl.where(maximum == 0.0, 1.0, maximum), mask=is_row)
+        tl.store(delta_ptr + row_at, total / tl.where(shift == 0.0, 1.0, shift), mask=is_row)
     if not LSE_IS_KNOWN:
-        LN_2: tl.constexpr = 0.6931471805599453
-        row_lse = maximum * factor + tl.log2(tl.where(total == 0.0, 1.0, total))
-        tl.store(lse_ptr + row_at, tl.where(total == 0.0, float("-inf"), row_lse * LN_2), mask=is_row)
+        tl.store(lse_ptr + row_at, natural_lse(shift, total), mask=is_row)
+        row_lse = shift + tl.log2(tl.where(total == 0.0, 1.0, total))
         row_lse = tl.where(chosen & (total != 0.0), row_lse, float("inf"))
     tl.store(row_lse_ptr + row_at, row_lse, mask=is_row)
 
@@ -265,7 +262,7 @@ def _walk_over_rows(
             key, query, bias, attend, gate, keys, rows + offset, score_multiplier,
             BIASED, MASKED, IS_CAUSAL, HAS_GATE, HAS_PADDING, FOLDED)
         # fmt: on
-        probabilities += tl.exp2(scores * factor - row_lse[None, :])
+        probabilities += exponentials(scores, factor, row_lse[None, :])
         query_offset += BLOCK_M * query_stride_n
     return probabilities
 
@@ -408,7 +405,7 @@ class _Selection:
         if rows is not None:
             batch, num_queries = rows.shape
             self.row_range = torch.empty((batch, 2), dtype=torch.int32, device=rows.device)
-            row_range_kernel[(batch,)](self.rows, self.row_range, *rows.stride(), num_queries, BLOCK=1024)
+            row_range_kernel[(batch,)](self.rows, self.row_range, *rows.stride(), num_queries, BLOCK=1024, **EXACT)
 
 
 def _launch_rows(
@@ -425,7 +422,6 @@ def _launch_rows(
     grid = (inputs.num_sequences * inputs.heads * triton.cdiv(inputs.longest_query, tile.BLOCK_M),)
     attention_map_rows_kernel[grid](
         **inputs.batched_arguments(),
-        lowest=inputs.units.lowest,
         grad_map_ptr=lse if grad_map is None else grad_map,
         rows_ptr=selection.rows,
         row_range_ptr=selection.row_range,

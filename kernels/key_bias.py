@@ -13,7 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .tuning import EXACT
+
 ROW_ALIGNMENT = 128  # at least the largest BLOCK_N of a kernel that reads such rows
+
+# In natural-log units: finegrain_ops/backends/interface.py says why.
+LARGEST_BIAS = tl.constexpr(131072.0)
 
 
 @triton.jit
@@ -33,11 +38,10 @@ def packed_bias_row(first_key, sequence):
 
 
 @triton.jit
-def bias_in_units(bias, multiplier, lowest):
-    """A finite bias stays finite, so that a row with nothing better still sees its key; NaN stays NaN."""
-    scaled = bias * multiplier
-    too_low = (scaled < 0.5 * lowest) & (bias != float("-inf"))
-    return tl.where(too_low, 0.5 * lowest, scaled)
+def bias_in_units(bias, multiplier):
+    """A finite bias is kept within +-LARGEST_BIAS, where float32 still tells scores apart; infinities and NaN stay."""
+    bias = tl.where((bias < -LARGEST_BIAS) & (bias != float("-inf")), -LARGEST_BIAS, bias)
+    return tl.where((bias > LARGEST_BIAS) & (bias != float("inf")), LARGEST_BIAS, bias) * multiplier
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -57,7 +61,6 @@ def prepare_key_bias_kernel(
     num_heads,
     num_keys,  # packed: of all sequences together
     multiplier,
-    lowest,
     HAS_BIAS: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_GATE: tl.constexpr,
@@ -84,7 +87,7 @@ def prepare_key_bias_kernel(
         prepared = tl.zeros([BLOCK], tl.float32)
         if HAS_BIAS:
             bias = tl.load(bias_base + keys_64 * bias_stride_n, mask=inside, other=0.0)
-            prepared = bias_in_units(bias, multiplier, lowest)
+            prepared = bias_in_units(bias, multiplier)
         biased = inside & (prepared != 0.0)
         visible = inside
         if HAS_PADDING:
@@ -143,7 +146,6 @@ def prepare_key_bias(
     longest: int,
     has_gate: bool,
     multiplier: float,
-    lowest: float,
 ) -> PreparedBias:
     """From key_bias (B, 1 or H, Nk), packed (1 or H, Tk), and key_padding_mask (B, Nk); one of them must be given.
 
@@ -177,12 +179,12 @@ def prepare_key_bias(
         heads,
         num_keys,
         multiplier,
-        lowest,
         HAS_BIAS=key_bias is not None,
         HAS_PADDING=key_padding_mask is not None,
         HAS_GATE=has_gate,
         PACKED=packed,
         BLOCK=max(ROW_ALIGNMENT, min(1024, triton.next_power_of_2(longest))),
         num_warps=4,
+        **EXACT,
     )
     return PreparedBias(prepared, key_range, stride_b, stride_h)

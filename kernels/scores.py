@@ -10,8 +10,8 @@ The keys of a tile of rows fall into ranges, each with a loop of its own, so tha
 the end of the keys. Before start and after end there are only keys that no row may see.
 
 With scale > 0 the scores are kept as dot products (FOLDED): the accumulator of q . k starts at b / scale, which the
-tensor core adds for nothing, and the scale is folded into the exponent's fused multiply-add. Other scales are
-multiplied onto the scores first.
+tensor core adds for nothing (in float32, which has no tensor cores, the bias is added afterwards), and the scale is
+folded into the exponent's fused multiply-add. Other scales are multiplied onto the scores first.
 """
 
 import triton
@@ -48,6 +48,14 @@ def key_ranges(
 
 
 @triton.jit
+def plus_bias(scores, bias):
+    """scores + bias, rounded once. Of a plain sum the compiler would make the bias the first value of the product's
+    accumulator, where a large one rounds each of the products that are added to it.
+    """
+    return tl.fma(scores, 1.0, bias)
+
+
+@triton.jit
 def masked_scores(
     query,  # parts of [BLOCK_M, HEAD_DIM]
     key,  # parts of [BLOCK_N, HEAD_DIM]
@@ -71,11 +79,13 @@ def masked_scores(
     if BIASED:
         bias = tl.load(bias_address)[None, :]
         bias = tl.where(gate[:, None], bias, 0.0) if HAS_GATE else bias
-        if FOLDED:
+        if FOLDED and query[0].dtype == tl.float32:
+            scores = plus_bias(dot_rows(query, key), bias)
+        elif FOLDED:
             BLOCK_M: tl.constexpr = query[0].shape[0]
             scores = add_dot_rows(tl.broadcast_to(bias, (BLOCK_M, block.shape[0])), query, key)
         else:
-            scores = dot_rows(query, key) * score_multiplier + bias
+            scores = tl.fma(dot_rows(query, key), score_multiplier, bias)
         if HAS_PADDING:
             keys_64 = tl.cast(first_key, tl.int64) + block
             attend = tl.load(padding_base + keys_64 * padding_stride_n, mask=inside, other=1)
@@ -116,7 +126,8 @@ def masked_scores_transposed(
     if not FOLDED:
         scores = scores * score_multiplier
     if BIASED:  # not as the initial value of the product, as above: these kernels have no register to spare
-        scores = scores + (tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None])
+        bias = tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None]
+        scores = plus_bias(scores, bias) if query[0].dtype == tl.float32 else scores + bias
         if HAS_PADDING:
             scores = tl.where(attend[:, None], scores, float("-inf"))
     if MASKED and IS_CAUSAL:

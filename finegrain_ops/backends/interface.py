@@ -8,6 +8,17 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+# A finite bias beyond this, in natural-log units, counts as this: only -inf removes a key. Scores are kept in float32,
+# which at 2^17 still holds them to 1/128; a mask of -1e9 or finfo.min would leave nothing of the scores of a row all of
+# whose keys carry it, or make them infinite. Kernels clamp as they read (kernels/key_bias.py, csrc/scores.cuh). It is
+# above what is added on purpose: ALiBi's steepest slope reaches it at 150,000 keys.
+LARGEST_BIAS = 131072.0
+
+
+def clamp_bias(bias: Tensor) -> Tensor:
+    """`bias` with its finite values within +-LARGEST_BIAS, for backends that do not clamp in a kernel."""
+    return torch.where(bias == float("-inf"), bias, bias.clamp(-LARGEST_BIAS, LARGEST_BIAS))
+
 
 class Call:
     """What every call has, whatever its tensors look like."""

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from . import unpacking
-from .interface import AttentionCall, AttentionFeatures, AttentionGradients, MapCall, MapGradients, PackedCall
+from .interface import (
+    AttentionCall,
+    AttentionFeatures,
+    AttentionGradients,
+    MapCall,
+    MapGradients,
+    PackedCall,
+    clamp_bias,
+)
 
 _MAP_ROWS = 128  # rows of scores that an attention map holds at a time
 
@@ -31,7 +39,7 @@ def _scores(call: AttentionCall | MapCall, query: Tensor, key: Tensor, rows: Ten
     """(B, H, len(rows), Nk), -inf where a key is not seen; `query` holds those rows, heads of key already repeated."""
     scores = call.scale * (query @ key.transpose(-1, -2))  # A
     if call.key_bias is not None:  # log(lambda) * M + b
-        bias = call.key_bias[:, :, None, :]
+        bias = clamp_bias(call.key_bias)[:, :, None, :]
         if call.row_gate is not None:
             bias = torch.where(call.row_gate[:, None, rows, None], bias, 0.0)
         scores = scores + bias

@@ -16,7 +16,7 @@ WRITTEN = {
     "merge_splits": {"output", "lse"},
     "attention_rows": {"lse", "delta"},
     "attention_map": {"map"},
-    "attention_backward_query": {"grad_query"},
+    "attention_backward_query": {"grad_query", "delta"},
     "attention_backward_keys": {"grad_key", "grad_value", "grad_bias"},
     "crop_weights": {"records", "taps", "weights"},
     "crop_resize": {"result"},

@@ -65,7 +65,7 @@ def backward(
 ) -> AttentionGradients:
     per_head = (*call.query.shape[:2], call.key.shape[2])
     bias = call.query.new_empty(per_head, dtype=torch.float32) if bias_needs_grad else None
-    return _backward(call, lse, _delta(output, grad_output, grad_lse), grad_output, bias)
+    return _backward(call, lse, _delta(output, grad_output, grad_lse), grad_output, grad_lse, bias)
 
 
 def packed_backward(
@@ -79,14 +79,20 @@ def packed_backward(
     per_head = (call.query.shape[1], call.key.shape[0])
     bias = call.query.new_zeros(per_head, dtype=torch.float32) if bias_needs_grad else None
     delta = _delta(output.transpose(0, 1), grad_output.transpose(0, 1), grad_lse)
-    return _backward(call, lse, delta, grad_output, bias)
+    return _backward(call, lse, delta, grad_output, grad_lse, bias)
 
 
 def _backward(
-    call: AttentionCall | PackedCall, lse: Tensor, delta: Tensor, grad_output: Tensor, bias: Tensor | None
+    call: AttentionCall | PackedCall,
+    lse: Tensor,
+    delta: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    bias: Tensor | None,
 ) -> AttentionGradients:
     gradients = AttentionGradients(*call.new_gradients(), bias)
-    launches.backward(machine.launcher(call.query.device), call, lse.contiguous(), delta, grad_output, gradients)
+    launcher = machine.launcher(call.query.device)
+    launches.backward(launcher, call, lse.contiguous(), delta, grad_output, grad_lse, gradients)
     return gradients._replace(key_bias=sum_over_sharing_heads(bias, call.key_bias))
 
 

@@ -101,6 +101,11 @@ class Launch:
         if grid > 0:  # packed sequences may all be empty
             self.launcher.launch(variant, (grid, 1, 1), arguments)
 
+    def view_gradients(self, gradients: AttentionGradients | MapGradients) -> None:
+        self.view("grad_query", gradients.query)
+        self.view("grad_key", gradients.key)
+        self.view_scores("grad_bias", gradients.key_bias)
+
     def select(self) -> None:
         """Which rows and heads of an attention map count."""
         assert isinstance(self.call, MapCall)
@@ -173,23 +178,20 @@ def backward(
     lse: Tensor,
     delta: Tensor,
     grad_output: Tensor,
+    grad_lse: Tensor | None,
     gradients: AttentionGradients,
 ) -> None:
-    """Writes the gradients; that of the bias for every head, (B, H, Nk) or packed (H, Tk)."""
+    """Writes the gradients; that of the bias for every head, (B, H, Nk) or packed (H, Tk). delta is overwritten."""
     launch = Launch(launcher, call)
     launch.view("grad_output", with_unit_stride(grad_output))
     launch.view_scores("lse", lse)
     launch.view_scores("delta", delta)
     launch.view("grad_value", gradients.value)
-    _backward(launch, gradients, of_map=False)
-
-
-def _backward(launch: Launch, gradients: AttentionGradients | MapGradients, *, of_map: bool) -> None:
-    launch.view("grad_query", gradients.query)
-    launch.view("grad_key", gradients.key)
-    launch.view_scores("grad_bias", gradients.key_bias)
-    launch.run(launch.variant("attention_backward_query", of_map=of_map), launch.longest_query, launch.heads)
-    launch.run(launch.variant("attention_backward_keys", of_map=of_map), launch.longest_key, launch.kv_heads)
+    launch.view_gradients(gradients)
+    launch.run(launch.variant("attention_backward_query"), launch.longest_query, launch.heads)
+    if gradients.key_bias is not None and grad_lse is not None:  # see attention_backward_query.cuh
+        delta -= grad_lse
+    launch.run(launch.variant("attention_backward_keys"), launch.longest_key, launch.kv_heads)
 
 
 def attention_map(launcher: Launcher, call: MapCall, lse: Tensor, lse_is_known: bool, result: Tensor) -> None:
@@ -217,4 +219,6 @@ def attention_map_backward(
     launch.view_scores("map", grad_map)
     launch.view_scores("delta", torch.empty_like(lse))
     launch.run(launch.variant("attention_rows", of_map=True), launch.longest_query, launch.heads)
-    _backward(launch, gradients, of_map=True)
+    launch.view_gradients(gradients)
+    launch.run(launch.variant("attention_backward_query", of_map=True), launch.longest_query, launch.heads)
+    launch.run(launch.variant("attention_backward_keys", of_map=True), launch.longest_key, launch.kv_heads)

@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from .. import unpacking
-from ..interface import AttentionCall, AttentionFeatures, AttentionGradients, MapCall, MapGradients, PackedCall
+from ..interface import (
+    AttentionCall,
+    AttentionFeatures,
+    AttentionGradients,
+    MapCall,
+    MapGradients,
+    PackedCall,
+    clamp_bias,
+)
 from . import engines
 from .operands import Operands, make_operands
 from .pieces import empty_rows, merge, split
@@ -43,12 +51,16 @@ def not_supported_reasons(features: AttentionFeatures) -> list[str]:
 
 
 def forward(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-    engine = engines.choose(call.query.device)
+    call, engine = _with_clamped_bias(call), engines.choose(call.query.device)
     if not _heads_fold(call):
         return _forward(call, engine)
     output, lse = _forward(_with_heads_as_rows(call), engine)
     shape = call.query.shape[:3]
     return output.reshape(*shape, output.shape[-1]), None if lse is None else lse.reshape(shape)
+
+
+def _with_clamped_bias(call: AttentionCall) -> AttentionCall:
+    return call if call.key_bias is None else replace(call, key_bias=clamp_bias(call.key_bias))
 
 
 def _heads_fold(call: AttentionCall) -> bool:
@@ -79,7 +91,7 @@ def backward(
     grad_lse: Tensor | None,
     bias_needs_grad: bool,
 ) -> AttentionGradients:
-    engine = engines.choose(call.query.device)
+    call, engine = _with_clamped_bias(call), engines.choose(call.query.device)
     if engine.backward is None:
         return _recomputed_backward(call, engine, grad_output, grad_lse, bias_needs_grad)
     return _kernel_backward(call, engine, output, lse, grad_output, grad_lse, bias_needs_grad)

@@ -1,0 +1,119 @@
+"""Finite biases that nearly remove a key: -1e9, finfo.min and the like, which many people write for a mask.
+
+A row all of whose keys carry one sees them all the same. Finite biases count up to 2^17 (backends/interface.py), where
+float32 still holds a score to 1/128; so they do here, and what float32 makes of them is the budget.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import finegrain_ops
+import oracle
+from tolerances import assert_close
+
+_LARGEST = 2.0**17
+FILLS = [torch.finfo(torch.float32).min, -1e30, -1e9, -1e7, -1e5, 1e6, torch.finfo(torch.float32).max]
+ALL_FILLS = [pytest.param(fill, id=f"{fill:.0e}") for fill in FILLS]
+
+_KEYS, _FILLED = 70, 40  # under a causal mask the first 40 rows see keys with such a bias only; the first sees none
+
+
+def tensors(fill: float, head_dim: int, dtype: torch.dtype, device: str) -> tuple[list[Tensor], Tensor]:
+    """query, key and value (2, 2, 70, D), and a bias (2, 70)."""
+    generator = torch.Generator().manual_seed(50)
+    shape = (2, 2, _KEYS, head_dim)
+    operands = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(3)]
+    bias = torch.randn((2, _KEYS), generator=generator)
+    bias[:, :_FILLED] = fill
+    bias[:, [0, 7]] = float("-inf")
+    return operands, bias.to(device)
+
+
+def _clamped(bias: Tensor) -> Tensor:
+    return torch.where(bias == float("-inf"), bias, bias.clamp(-_LARGEST, _LARGEST))
+
+
+def _low_precision(expected: list[Tensor], eager: list[Tensor], dtype: torch.dtype, head_dim: int) -> list[Tensor]:
+    """What may be off by as much as eager attention in float32, times how often a kernel rounds what that rounds once:
+    a score, what it is counted from, that from one base to another twice, and in half precision once per product of 16
+    columns, since a tensor core's accumulator starts from the bias.
+    """
+    times = 4 + (head_dim / 16 if dtype != torch.float32 else 0)
+    return [torch.where(e.isfinite(), e + times * (a.double() - e), e) for a, e in zip(eager, expected)]
+
+
+def _compare(
+    names: list[str], actual: list[Tensor], results: list[list[Tensor]], dtype: torch.dtype, head_dim: int
+) -> None:
+    expected, eager = results
+    for name, a, e, low in zip(names, actual, expected, _low_precision(expected, eager, dtype, head_dim), strict=True):
+        assert_close(a, e, dtype, name, low)
+
+
+def check_attention(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Output, lse and all gradients, causal."""
+    operands, bias = tensors(fill, head_dim, dtype, device)
+
+    def run(attention: Any, bias: Tensor, **options: Any) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (*operands, bias)]
+        output, lse = attention(*leaves[:3], key_bias=leaves[3], is_causal=True, **options)
+        return [output, lse, *torch.autograd.grad(output.to(torch.float64).sin().sum(), leaves)]
+
+    names = ["output", "lse", *(f"gradient of {name}" for name in ("query", "key", "value", "key_bias"))]
+    results = [
+        run(oracle.reweighted_attention, _clamped(bias), compute_dtype=kept) for kept in (torch.float64, torch.float32)
+    ]
+    actual = run(finegrain_ops.reweighted_attention, bias, backend=backend, return_lse=True)
+    _compare(names, actual, results, dtype, head_dim)
+    assert (actual[0][:, :, 0] == 0.0).all()
+
+
+def check_few_rows(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Three rows against the keys that carry the bias, as in a decode."""
+    (query, key, value), bias = tensors(fill, head_dim, dtype, device)
+    query, key, value, bias = query[:, :, :3], key[:, :, :_FILLED], value[:, :, :_FILLED], bias[:, :_FILLED]
+    results = [
+        list(oracle.reweighted_attention(query, key, value, key_bias=_clamped(bias), compute_dtype=kept))
+        for kept in (torch.float64, torch.float32)
+    ]
+    with torch.no_grad():
+        actual = finegrain_ops.reweighted_attention(query, key, value, key_bias=bias, backend=backend, return_lse=True)
+    _compare(["output", "lse"], list(actual), results, dtype, head_dim)
+
+
+def check_packed(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    (query, key, value), bias = tensors(fill, head_dim, dtype, device)
+    packed = [t[0].transpose(0, 1) for t in (query, key, value)]
+    bounds = torch.tensor([0, 33, _KEYS], dtype=torch.int32, device=device)
+    arguments = (bounds, bounds, _KEYS, _KEYS)
+
+    def run(attention: Any, bias: Tensor, **options: Any) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (*packed, bias)]
+        output, lse = attention(*leaves[:3], *arguments, key_bias=leaves[3], is_causal=True, **options)
+        return [output, lse, *torch.autograd.grad(output.to(torch.float64).sin().sum(), leaves)]
+
+    names = ["output", "lse", *(f"gradient of {name}" for name in ("query", "key", "value", "key_bias"))]
+    results = [
+        run(oracle.reweighted_attention_varlen, _clamped(bias[0]), compute_dtype=kept)
+        for kept in (torch.float64, torch.float32)
+    ]
+    actual = run(finegrain_ops.reweighted_attention_varlen, bias[0], backend=backend, return_lse=True)
+    _compare(names, actual, results, dtype, head_dim)
+
+
+def check_map(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    (query, key, _), bias = tensors(fill, head_dim, dtype, device)
+
+    def run(bias: Tensor, attention_map: Any, **options: Any) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (query, key, bias)]
+        result = attention_map(*leaves[:2], key_bias=leaves[2], is_causal=True, **options)
+        return [result, *torch.autograd.grad(result.to(torch.float64).sin().sum(), leaves)]
+
+    names = ["map", *(f"gradient of {name}" for name in ("query", "key", "key_bias"))]
+    results = [run(_clamped(bias), oracle.attention_map, compute_dtype=kept) for kept in (torch.float64, torch.float32)]
+    _compare(names, run(bias, finegrain_ops.attention_map, backend=backend), results, dtype, head_dim)
