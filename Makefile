@@ -59,6 +59,8 @@ test: $(test_ready) $(test4_ready) $(lmms_eval_ready)
 
 test-slow: $(test_ready)
 	FINEGRAIN_TEST_ALL=1 TRITON_INTERPRET=1 $(VENV)/bin/python -m pytest $(WORKERS) -m "slow and triton" $(TEST_FLAGS)
+	FINEGRAIN_PTX=80 $(VENV)/bin/python -m pytest $(WORKERS) tests/triton_kernels -m triton $(TEST_FLAGS)
+	FINEGRAIN_PTX=90 $(VENV)/bin/python -m pytest $(WORKERS) tests/triton_kernels -m triton $(TEST_FLAGS)
 	$(VENV)/bin/python -m bench.aot --all $(AOT_FLAGS)
 	$(VENV)/bin/python -m bench.cuda_aot --all $(CUDA_AOT_FLAGS)
 

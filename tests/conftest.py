@@ -1,5 +1,6 @@
 """Which tests run in this process: Triton's interpreter must be chosen before a kernel is imported, so it gets a
-process of its own, and `make gpu` runs those that need a device, there.
+process of its own, as does the PTX of each compute capability (FINEGRAIN_PTX), and `make gpu` runs those that need a
+device, there.
 """
 
 from __future__ import annotations
@@ -8,11 +9,13 @@ import math
 import os
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from devices import DEVICE
+from ptx import chosen_capability
 
 try:
     import hypothesis
@@ -20,6 +23,8 @@ except ModuleNotFoundError:  # on a machine that was not set up for this project
     hypothesis = None  # type: ignore[assignment]
 
 TRITON_RUNS_HERE = os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
+PTX_CAPABILITY = chosen_capability()
+_EXECUTED_AS_PTX = Path(__file__).parent / "triton_kernels"
 RUN_ALL = os.environ.get("FINEGRAIN_TEST_ALL") == "1"
 # Start no test after so many seconds; they come in a shuffled order then, so that those left out are of every kind.
 SECONDS = float(os.environ.get("FINEGRAIN_TEST_SECONDS", "inf"))
@@ -38,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    triton = "run" if TRITON_RUNS_HERE else "left out (set TRITON_INTERPRET=1)"
+    triton = "run" if TRITON_RUNS_HERE else "left out (set TRITON_INTERPRET=1, or FINEGRAIN_PTX=80)"
+    if PTX_CAPABILITY is not None:
+        triton = f"executed as PTX for sm_{PTX_CAPABILITY}"
     slow = "all" if RUN_ALL else "sampled"
     return (
         f"finegrain_ops: torch {torch.__version__}, operators on {DEVICE}, Triton kernels {triton}, slow sweeps {slow}"
@@ -60,6 +67,12 @@ def no_precision_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, os.environ.get(name, "no"))
 
 
+def _runs_triton(item: pytest.Item) -> bool:
+    if PTX_CAPABILITY is not None:  # the other folders do not go through the harness
+        return _EXECUTED_AS_PTX in item.path.parents
+    return TRITON_RUNS_HERE
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselects what cannot run here, and all but a fixed sample of the slow sweeps."""
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -67,7 +80,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left_out = [], []
     for item in items:
         is_triton = item.get_closest_marker("triton") is not None
-        runs = TRITON_RUNS_HERE or not is_triton
+        runs = not is_triton or _runs_triton(item)
         runs = runs and (item in sampled or not item.get_closest_marker("slow"))
         runs = runs and (DEVICE == "cpu" or is_triton or "device" in getattr(item, "fixturenames", ()))
         (kept if runs else left_out).append(item)

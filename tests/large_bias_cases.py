@@ -50,7 +50,7 @@ def _low_precision(expected: list[Tensor], eager: list[Tensor], dtype: torch.dty
 def _compare(
     names: list[str], actual: list[Tensor], results: list[list[Tensor]], dtype: torch.dtype, head_dim: int
 ) -> None:
-    expected, eager = results
+    expected, eager = ([t.detach() for t in result] for result in results)
     for name, a, e, low in zip(names, actual, expected, _low_precision(expected, eager, dtype, head_dim), strict=True):
         assert_close(a, e, dtype, name, low)
 

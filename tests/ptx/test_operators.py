@@ -61,6 +61,20 @@ def test_forward_and_backward(capability: int) -> None:
 
 
 @CAPABILITIES
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_gradients_of_rows_that_fill_no_tile(is_causal: bool, capability: int) -> None:
+    """The last rows are the second range of the masked loop. Triton up to 3.5 compiled an assignment to the variable
+    of a loop as if it were not there: no kernel may do that.
+    """
+    query, key, value = (_normal(1, 1, 90, 64, seed=seed).requires_grad_() for seed in range(3))
+
+    def call(backend: str) -> Tensor:
+        return finegrain_ops.reweighted_attention(query, key, value, is_causal=is_causal, backend=backend)
+
+    _check(call, on_ptx(capability), "triton", (query, key, value))
+
+
+@CAPABILITIES
 def test_packed(capability: int) -> None:
     lengths = torch.tensor([0, 90, 91, 160], dtype=torch.int32)
     query, key, value = (_normal(160, 2, 64, seed=seed) for seed in range(3))

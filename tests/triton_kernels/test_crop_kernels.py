@@ -20,19 +20,25 @@ from PIL import Image
 from crop_cases import ALL_CASES, CASES, CropCase, check
 from devices import DEVICE
 from finegrain_ops import backends, crop_resize
+from finegrain_ops.backends import triton as triton_backend
 from finegrain_ops.backends.crops.interface import CropCall
 from finegrain_ops.backends.crops.sampling import dense_weights, sample
 from finegrain_ops.kernels import crop_resize as kernels
 from finegrain_ops.kernels.crop_weights import Images
 from finegrain_ops.kernels.tuning import Tile
+from ptx import chosen_capability
 
 pytestmark = pytest.mark.triton
+
+is_interpreted = triton_backend._interpreted  # as it is when no test runs: tests/ptx says that all tensors may pass
 
 
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes as long for a large tile as for a small one, so for the most part it gets few of them."""
-    if DEVICE == "cpu":
+    """The interpreter takes as long for a large tile as for a small one, so for the most part it gets few of them.
+    As PTX the tiles are those of a device.
+    """
+    if DEVICE == "cpu" and chosen_capability() is None:
         monkeypatch.setattr(kernels, "CROP_TILE", Tile(64, 64, num_warps=4, num_stages=1))
         monkeypatch.setattr(kernels, "CHUNK", 32)
 
@@ -283,8 +289,10 @@ def test_where_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("finegrain_ops.backends.triton._compute_capability", lambda index: 75)
     (reason,) = backend.not_supported_reasons(features._replace(device_type="cuda", device_index=0))
     assert "compute capability is below 8.0" in reason
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    (reason,) = backend.not_supported_reasons(features._replace(device_type="cpu"))
+    with monkeypatch.context() as patch:  # undone within the test, and so before tests/ptx undoes what it patches
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        patch.setattr(triton_backend, "_interpreted", is_interpreted)
+        (reason,) = backend.not_supported_reasons(features._replace(device_type="cpu"))
     assert "images are on cpu; use a CUDA device, or set TRITON_INTERPRET=1" in reason
 
 
