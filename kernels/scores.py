@@ -125,7 +125,7 @@ def masked_scores_transposed(
     scores = dot_rows(key, query)
     if not FOLDED:
         scores = scores * score_multiplier
-    if BIASED:  # not as the initial value of the product, as above: these kernels have no register to spare
+    if BIASED:  # in half precision a plain sum: the compiler makes the bias the first value of the accumulator
         bias = tl.where(gate[None, :], bias[:, None], 0.0) if HAS_GATE else bias[:, None]
         scores = plus_bias(scores, bias) if query[0].dtype == tl.float32 else scores + bias
         if HAS_PADDING:

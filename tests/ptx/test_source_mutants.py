@@ -10,12 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+import finegrain_ops
 import large_bias_cases
 from attention_cases import Case, check_forward, check_gradients
 from map_cases import MapCase, check_map
 from packed_cases import PackedCase, check_packed_forward
 from ptx.mutants import SourceMutant, mutated_kernels
 from ptx.project import on_ptx
+from ptx.report import Kind
 from test_bias_gradient import check_no_gradient
 
 _SHAPE = {"batch": 2, "heads": 2, "kv_heads": 1, "num_queries": 100, "num_keys": 150, "head_dim": 72, "value_dim": 72}
@@ -172,3 +174,18 @@ def test_the_correction_as_it_was(capability: int) -> None:
     with mutated_kernels(once, state, lowest, _FUSED):
         assert "NaN" in _run(_forward, padded, capability)
     assert _run(_forward, padded, capability) == ""
+
+
+def test_lanes_store_the_same_sums() -> None:
+    """Fused, the lanes that add a row up would end at sums one unit in the last place apart, and store them all."""
+
+    def kinds(head_dim: int) -> set[Kind]:
+        with on_ptx(80) as runner:
+            leaves = [torch.randn(1, 1, 70, head_dim).requires_grad_() for _ in range(3)]
+            finegrain_ops.reweighted_attention(*leaves, backend="triton").sin().sum().backward()
+        return set(runner.report.kinds())
+
+    for head_dim in (13, 19):
+        assert kinds(head_dim) == set()
+        with mutated_kernels(_FUSED):
+            assert kinds(head_dim) == {Kind.DIFFERENT_VALUES}
