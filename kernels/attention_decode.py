@@ -148,7 +148,7 @@ def attention_decode_kernel(
 
     first_block, last_block, end_key = 0, tl.cdiv(tl.cdiv(num_keys, BLOCK_N) - split, num_splits), num_keys
     # A bias that every row feels hides its -inf keys from all of them.
-    BIAS_HIDES: tl.constexpr = HAS_BIAS and not BIAS_PER_HEAD and not HAS_GATE
+    BIAS_HIDES: tl.constexpr = (HAS_BIAS and not BIAS_PER_HEAD) and not HAS_GATE  # Triton 3.3 knows no chains
     if HAS_PADDING or BIAS_HIDES:
         first_block, last_block, end_key = _visible_blocks(
             bias_base,

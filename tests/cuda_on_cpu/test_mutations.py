@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation("scores.cuh", "if (is_masked) hide_later_keys", "if (false) hide_later_keys", _forward("plain causal")),
     Mutation("tiles.cuh", "return data[index * stride];", "return data[index];", [check_strided_masks]),
     Mutation("scores.cuh", "last_query + sequence.shift + 1", "last_query + 1", _forward("more keys than queries")),
-    Mutation("scores.cuh", "highest = max(highest, own + 1)", "highest = max(highest, own)", _forward("left padding")),
+    Mutation("scores.cuh", "highest = max(highest, key + 1)", "highest = max(highest, key)", _forward("left padding")),
     Mutation("scores.cuh", "!arguments.gate.data;", "true;", _forward("bias removes every key of gated rows")),
     Mutation("scores.cuh", "(split + own * num_splits) * S::STEP;", "own * S::STEP;", _forward("bias"), splits=3),
     Mutation("scores_transposed.cuh", "keys.added[s] : keys.hidden[s]) - lse.x",
