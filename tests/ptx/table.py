@@ -21,8 +21,8 @@ from ptx.counts import Traffic
 from ptx.launches import Launch, merged_coverage
 from ptx.project import on_ptx
 
-_ROOT = Path(__file__).resolve().parents[2]
-JSON, MARKDOWN = _ROOT / "bench/results/compiled-kernels.json", _ROOT / "docs/compiled_kernels.md"
+ROOT = Path(__file__).resolve().parents[2]
+JSON, MARKDOWN = ROOT / "bench/results/compiled-kernels.json", ROOT / "docs/compiled_kernels.md"
 _BEGIN, _END = "<!-- begin: written by make ptx -->", "<!-- end: written by make ptx -->"
 
 
@@ -146,7 +146,7 @@ def main() -> None:
     page = MARKDOWN.read_text()
     before, after = page.split(_BEGIN)[0], page.split(_END)[1]
     MARKDOWN.write_text(before + _markdown(stored) + after)
-    print(f"Wrote {JSON.relative_to(_ROOT)} and {MARKDOWN.relative_to(_ROOT)}.")
+    print(f"Wrote {JSON.relative_to(ROOT)} and {MARKDOWN.relative_to(ROOT)}.")
 
 
 if __name__ == "__main__":
