@@ -1,4 +1,4 @@
-"""The Triton forward kernel against the float64 oracle: in the interpreter on a CPU, on the device itself on a GPU."""
+"""The Triton forward kernel against the float64 oracle: on a CPU in the interpreter or as PTX, on a GPU on that."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_huge_finite_bias_is_no_removal(fill: float, device: str) -> None:
 def test_rows_far_apart_in_memory(device: str) -> None:
     """Offsets beyond 2^31 elements: 300 keys, 2^23 - 8 elements apart. Pages that are not touched cost a CPU no memory.
 
-    Only a device can overflow here: the interpreter counts with Python's integers.
+    Only compiled code can overflow here: the interpreter counts with Python's integers.
     """
     stride, num_keys = 2**23 - 8, 300
     rows = torch.randn(num_keys, 16, dtype=torch.float16, device=device)
