@@ -79,7 +79,7 @@ def _add_key_gradients(
         jump = second_start - (start + num_blocks * BLOCK_M)
         end = start + (num_blocks + tl.cdiv(second_end - second_start, BLOCK_M)) * BLOCK_M
     for step in tl.range(start, end, BLOCK_M):
-        first_row = step  # the loop's own variable, changed within, makes Triton 3.4 pipeline the wrong rows
+        first_row = step  # Triton 3.3 to 3.5 undo what a loop does to its own variable
         if MASKED:
             first_row += tl.where(first_row >= start + num_blocks * BLOCK_M, jump, 0)
             first = tl.cast(first_row, tl.int64) if WIDE_OFFSETS else first_row

@@ -67,7 +67,7 @@ def test_offsets_beyond_32_bits(capability: int) -> None:
     expected = finegrain_ops.reweighted_attention(query, rows[None, None], rows[None, None], backend="reference")
     with on_ptx(capability) as runner:
         actual = finegrain_ops.reweighted_attention(query, key, key, backend="triton")
-    assert not runner.report.findings, str(runner.report)
+    assert set(runner.report.kinds()) <= NOT_OURS, str(runner.report)
     torch.testing.assert_close(actual, expected, rtol=0, atol=4e-3)
     with mock.patch.object(AttentionInputs, "_wide_offsets", return_value=False), on_ptx(capability) as runner:
         finegrain_ops.reweighted_attention(query, key, key, backend="triton")

@@ -14,6 +14,7 @@ import large_bias_cases
 import oracle
 from large_bias_cases import ALL_FILLS
 from ptx.project import on_cuda_ptx, on_ptx
+from ptx.triton_kernels import NOT_OURS
 from tolerances import assert_close
 
 HEAD_DIMS = [16, 32, 48, 64, 72, 80, 88, 96, 104, 112, 128, 160, 192, 224, 256]
@@ -59,7 +60,7 @@ def test_two_layers_of_a_left_padded_batch(
             actual = finegrain_ops.reweighted_attention(
                 *[actual] * 3, key_padding_mask=attend, is_causal=True, backend=backend
             )
-    assert not runner.report.findings, str(runner.report)
+    assert set(runner.report.kinds()) <= NOT_OURS, str(runner.report)
     assert (actual[1, :, :30] == 0.0).all()
     assert_close(actual, expected, dtype, "output of two layers", eager)
 
@@ -70,7 +71,7 @@ def test_two_layers_of_a_left_padded_batch(
 def test_large_bias(check: str, fill: float, execute, capability: int, backend: str) -> None:
     with execute(capability) as runner:
         getattr(large_bias_cases, check)(fill, 64, torch.bfloat16, backend)
-    assert not runner.report.findings, str(runner.report)
+    assert set(runner.report.kinds()) <= NOT_OURS, str(runner.report)
 
 
 @at_every_dim([torch.bfloat16, torch.float32], sample=True)
@@ -80,4 +81,4 @@ def test_a_mask_of_the_smallest_number(
     """finfo.min, at every head dimension: the sign of a rounding error would decide."""
     with execute(capability) as runner:
         large_bias_cases.check_attention(torch.finfo(torch.float32).min, head_dim, dtype, backend)
-    assert not runner.report.findings, str(runner.report)
+    assert set(runner.report.kinds()) <= NOT_OURS, str(runner.report)

@@ -4,7 +4,7 @@
         kernel[grid](x, y, BLOCK=64)
     print(runner.report, runner.summary())
 
-All that depends on Triton's version is in this file; it runs with 3.4 to 3.9.
+All that depends on Triton's version is in this file; it runs with 3.3 to 3.9.
 """
 
 from __future__ import annotations
