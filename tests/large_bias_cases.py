@@ -55,21 +55,29 @@ def _compare(
         assert_close(a, e, dtype, name, low)
 
 
+_NAMES = ["output", "lse", *(f"gradient of {name}" for name in ("query", "key", "value", "key_bias"))]
+
+
+def _with_gradients(
+    attention: Any, operands: list[Tensor], bias: Tensor, *arguments: Any, **options: Any
+) -> list[Tensor]:
+    """Output, lse and the gradients of query, key, value and bias, causal."""
+    leaves = [t.detach().requires_grad_() for t in (*operands, bias)]
+    output, lse = attention(*leaves[:3], *arguments, key_bias=leaves[3], is_causal=True, **options)
+    return [output, lse, *torch.autograd.grad(output.to(torch.float64).sin().sum(), leaves)]
+
+
 def check_attention(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Output, lse and all gradients, causal."""
     operands, bias = tensors(fill, head_dim, dtype, device)
 
-    def run(attention: Any, bias: Tensor, **options: Any) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (*operands, bias)]
-        output, lse = attention(*leaves[:3], key_bias=leaves[3], is_causal=True, **options)
-        return [output, lse, *torch.autograd.grad(output.to(torch.float64).sin().sum(), leaves)]
-
-    names = ["output", "lse", *(f"gradient of {name}" for name in ("query", "key", "value", "key_bias"))]
     results = [
-        run(oracle.reweighted_attention, _clamped(bias), compute_dtype=kept) for kept in (torch.float64, torch.float32)
+        _with_gradients(oracle.reweighted_attention, operands, _clamped(bias), compute_dtype=kept)
+        for kept in (torch.float64, torch.float32)
     ]
-    actual = run(finegrain_ops.reweighted_attention, bias, backend=backend, return_lse=True)
-    _compare(names, actual, results, dtype, head_dim)
+    options = {"backend": backend, "return_lse": True}
+    actual = _with_gradients(finegrain_ops.reweighted_attention, operands, bias, **options)
+    _compare(_NAMES, actual, results, dtype, head_dim)
     assert (actual[0][:, :, 0] == 0.0).all()
 
 
@@ -92,18 +100,13 @@ def check_packed(fill: float, head_dim: int, dtype: torch.dtype, backend: str, d
     bounds = torch.tensor([0, 33, _KEYS], dtype=torch.int32, device=device)
     arguments = (bounds, bounds, _KEYS, _KEYS)
 
-    def run(attention: Any, bias: Tensor, **options: Any) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_() for t in (*packed, bias)]
-        output, lse = attention(*leaves[:3], *arguments, key_bias=leaves[3], is_causal=True, **options)
-        return [output, lse, *torch.autograd.grad(output.to(torch.float64).sin().sum(), leaves)]
-
-    names = ["output", "lse", *(f"gradient of {name}" for name in ("query", "key", "value", "key_bias"))]
     results = [
-        run(oracle.reweighted_attention_varlen, _clamped(bias[0]), compute_dtype=kept)
+        _with_gradients(oracle.reweighted_attention_varlen, packed, _clamped(bias[0]), *arguments, compute_dtype=kept)
         for kept in (torch.float64, torch.float32)
     ]
-    actual = run(finegrain_ops.reweighted_attention_varlen, bias[0], backend=backend, return_lse=True)
-    _compare(names, actual, results, dtype, head_dim)
+    options = {"backend": backend, "return_lse": True}
+    actual = _with_gradients(finegrain_ops.reweighted_attention_varlen, packed, bias[0], *arguments, **options)
+    _compare(_NAMES, actual, results, dtype, head_dim)
 
 
 def check_map(fill: float, head_dim: int, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
@@ -117,3 +120,18 @@ def check_map(fill: float, head_dim: int, dtype: torch.dtype, backend: str, devi
     names = ["map", *(f"gradient of {name}" for name in ("query", "key", "key_bias"))]
     results = [run(_clamped(bias), oracle.attention_map, compute_dtype=kept) for kept in (torch.float64, torch.float32)]
     _compare(names, run(bias, finegrain_ops.attention_map, backend=backend), results, dtype, head_dim)
+
+
+def check_unfilled_cache(by: str, dtype: torch.dtype, backend: str, device: str = "cpu", *, atol: float) -> None:
+    """One row, and a cache whose last block is partly filled: what lies beyond is NaN, and 0 * NaN is NaN, so it must
+    not be read. `by`: what hides it, "padding" or "bias".
+    """
+    query, key, value = torch.randn(3, 2, 2, 70, 16, dtype=dtype, device=device).unbind(0)
+    attend = torch.arange(70, device=device) < torch.tensor([[37], [50]], device=device)
+    mask = {"key_padding_mask": attend} if by == "padding" else {"key_bias": torch.where(attend, 0.0, float("-inf"))}
+
+    def run(fill: float, backend: str) -> Tensor:
+        cache = (t.masked_fill(~attend[:, None, :, None], fill) for t in (key, value))
+        return finegrain_ops.reweighted_attention(query[:, :, :1], *cache, **mask, backend=backend)
+
+    torch.testing.assert_close(run(float("nan"), backend), run(0.0, "reference"), atol=atol, rtol=0)

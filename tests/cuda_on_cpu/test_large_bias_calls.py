@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from cpu_launcher import CpuLauncher
 
 import large_bias_cases
-from finegrain_ops import reweighted_attention
 from large_bias_cases import ALL_FILLS
 from test_bias_gradient import check_no_gradient
 
@@ -34,11 +31,4 @@ def test_no_gradient_where_the_region_is_everything(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("by", ["padding", "bias"])
 def test_the_unfilled_end_of_a_cache_may_hold_anything(by: str) -> None:
-    query, key, value = torch.randn(3, 2, 2, 70, 16, dtype=torch.float16).unbind(0)
-    query, attend = query[:, :, :1], torch.arange(70) < torch.tensor([37, 50])[:, None]
-    key, value = (t.masked_fill(~attend[:, None, :, None], 0.0) for t in (key, value))
-    mask = {"key_padding_mask": attend} if by == "padding" else {"key_bias": torch.where(attend, 0.0, -math.inf)}
-    expected = reweighted_attention(query, key, value, **mask, backend="reference")
-    key, value = (t.masked_fill(~attend[:, None, :, None], math.nan) for t in (key, value))
-    actual = reweighted_attention(query, key, value, **mask, backend="cuda")
-    torch.testing.assert_close(actual, expected, atol=2e-3, rtol=0)
+    large_bias_cases.check_unfilled_cache(by, torch.float16, "cuda", atol=2e-3)

@@ -9,17 +9,14 @@ import functools
 import hashlib
 import os
 import subprocess
-import time
-from collections.abc import Callable
+from typing import Any
 
 from finegrain_ops.backends.cuda import compiler, nvcc, sources
 from finegrain_ops.backends.cuda.arguments import Rows
 from finegrain_ops.backends.cuda.variants import Variant
 
 from .global_memory import GlobalMemory
-from .launches import Launch, buffer_of, cache_folder, machine_for, record, write_whole
-from .machine import Checks
-from .report import Report
+from .launches import Executor, buffer_of, cache_folder, machine_for, write_whole
 
 
 @functools.cache
@@ -91,45 +88,21 @@ def source_line(place: str) -> str:
     return (sources.folder() / file).read_text().splitlines()[int(line) - 1]
 
 
-class PtxLauncher:
-    """As `finegrain_ops.backends.cuda.machine.Launcher`, with a Runner's options."""
+class PtxLauncher(Executor):
+    """As `finegrain_ops.backends.cuda.machine.Launcher`. `options`: an Executor's."""
 
     num_processors = 8
 
-    def __init__(
-        self,
-        architecture: int = 75,
-        *,
-        checked: bool = True,
-        unit: int = 32,
-        serial: int = 0,
-        stop: bool = False,
-        mutate: Callable[[str, str], str] | None = None,
-        ctas: Callable[[str, tuple[int, int, int]], list[int]] | None = None,
-    ) -> None:
+    def __init__(self, architecture: int = 75, **options: Any) -> None:
+        super().__init__(**options)
         self.architecture = architecture
-        self.checks = Checks(checked, unit, serial)
-        self.mutate, self.ctas = mutate, ctas
-        self.report = Report(stop)
-        self.runs: list[Launch] = []
 
     def launch(self, variant: Variant, grid: tuple[int, int, int], arguments: ctypes.Structure) -> None:
-        ptx = ptx_of(variant)
-        if self.mutate is not None:
-            ptx = self.mutate(variant.kernel, ptx)
+        ptx = self.mutated(variant.kernel, ptx_of(variant))
         machine = machine_for(ptx, variant.entry, variant.threads, variant.shared_bytes, self.checks)
         memory = GlobalMemory(self.report)
         passed = _with_own_addresses(arguments, memory)
-        blocks = self.ctas(variant.kernel, grid) if self.ctas else None
-        start = time.perf_counter()
-        machine.launch(memory, grid, [bytes(passed)], blocks)
-        seconds = time.perf_counter() - start
-        count = grid[0] * grid[1] * grid[2] if blocks is None else len(blocks)
-        self.runs.append(record(variant.name, machine, memory, grid, count, seconds))
-
-    def summary(self) -> str:
-        """A line for each launch."""
-        return "\n".join(map(str, self.runs))
+        self.execute(variant.kernel, variant.name, machine, memory, grid, [bytes(passed)])
 
 
 def _with_own_addresses(arguments: ctypes.Structure, memory: GlobalMemory) -> ctypes.Structure:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from .counts import Coverage, Traffic, by_source_line
 from .global_memory import Buffer, GlobalMemory
 from .machine import Checks, Machine
 from .parser import Instruction, parse
+from .report import Report
 
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -54,7 +57,55 @@ def merged_coverage(runs: list[Launch]) -> dict[tuple[str, str], Coverage]:
     return merged
 
 
-def record(
+class Executor:
+    """What runs the launches of one kind of kernel: `report` has what was found, `runs` a record of each launch.
+
+    checked, unit, serial: `machine.Checks`. stop: raise FindingError at the first finding. mutate: gets a kernel's name
+    and PTX and returns what to run instead. ctas: gets a kernel's name and grid and returns the numbers of the blocks
+    to run.
+    """
+
+    def __init__(
+        self,
+        *,
+        checked: bool = True,
+        unit: int = 32,
+        serial: int = 0,
+        stop: bool = False,
+        mutate: Callable[[str, str], str] | None = None,
+        ctas: Callable[[str, tuple[int, int, int]], list[int]] | None = None,
+    ) -> None:
+        self.checks = Checks(checked, unit, serial)
+        self.mutate, self.ctas = mutate, ctas
+        self.report = Report(stop)
+        self.runs: list[Launch] = []
+
+    def mutated(self, kernel: str, ptx: str) -> str:
+        return ptx if self.mutate is None else self.mutate(kernel, ptx)
+
+    def execute(
+        self,
+        kernel: str,
+        name: str,
+        machine: Machine,
+        memory: GlobalMemory,
+        grid: tuple[int, int, int],
+        values: list[bytes],
+    ) -> None:
+        """Runs the blocks that are asked for, and keeps a record under `name`; `values` are the kernel's parameters."""
+        blocks = self.ctas(kernel, grid) if self.ctas else None
+        start = time.perf_counter()
+        machine.launch(memory, grid, values, blocks)
+        seconds = time.perf_counter() - start
+        count = grid[0] * grid[1] * grid[2] if blocks is None else len(blocks)
+        self.runs.append(_record(name, machine, memory, grid, count, seconds))
+
+    def summary(self) -> str:
+        """A line for each launch."""
+        return "\n".join(map(str, self.runs))
+
+
+def _record(
     name: str, machine: Machine, memory: GlobalMemory, grid: tuple[int, int, int], blocks: int, seconds: float
 ) -> Launch:
     """The record of the machine's last launch."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +26,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from .global_memory import GlobalMemory
-from .launches import Launch, address_of, buffer_of, cache_folder, machine_for, record
-from .machine import Checks
-from .report import Kind, Report
+from .launches import Executor, address_of, buffer_of, cache_folder, machine_for
+from .report import Kind
 
 _POINTERS = {
     torch.float16: "*fp16",
@@ -63,31 +61,22 @@ class _Compiled:
 _compiled: dict[str, _Compiled] = {}
 
 
-class Runner:
+class Runner(Executor):
     """Within `with`, every launch of a Triton kernel runs here.
 
-    checked, unit, serial: `machine.Checks`. stop: raise FindingError at the first finding. mutate: gets a kernel's name
-    and PTX and returns what to run instead. ctas: gets a kernel's name and grid and returns the numbers of the blocks
-    to run. unread: gets a kernel's name and its tensors, and returns the names of those that it must not read.
+    unread: gets a kernel's name and its tensors, and returns the names of those that it must not read. `options`: an
+    Executor's.
     """
 
     def __init__(
         self,
         compute_capability: int = 80,
         *,
-        checked: bool = True,
-        unit: int = 32,
-        serial: int = 0,
-        stop: bool = False,
-        mutate: Callable[[str, str], str] | None = None,
-        ctas: Callable[[str, tuple[int, int, int]], list[int]] | None = None,
         unread: Callable[[str, dict[str, Tensor]], set[str]] | None = None,
+        **options: Any,
     ) -> None:
-        self.compute_capability = compute_capability
-        self.checks = Checks(checked, unit, serial)
-        self.mutate, self.ctas, self.unread = mutate, ctas, unread
-        self.report = Report(stop)
-        self.runs: list[Launch] = []
+        super().__init__(**options)
+        self.compute_capability, self.unread = compute_capability, unread
         self._patches = contextlib.ExitStack()
         self._escaped: dict[int, Tensor] = {}  # whose addresses the host has asked for, to write them into tables
 
@@ -118,9 +107,8 @@ class Runner:
         arguments = {p.name: p.default for p in kernel.params if p.has_default}
         arguments |= {**dict(zip(kernel.arg_names, positional)), **named}
         compiled = self._compile(kernel, arguments)
-        name, ptx = kernel.__name__, compiled.ptx
-        if self.mutate is not None:
-            ptx = self.mutate(name, ptx)
+        name = kernel.__name__
+        ptx = self.mutated(name, compiled.ptx)
         machine = machine_for(ptx, None, compiled.threads, compiled.shared_bytes, self.checks)
         memory = GlobalMemory(self.report)
         for tensor in self._escaped.values():
@@ -132,12 +120,7 @@ class Runner:
         values += [bytes(8)] * (len(machine.kernel.parameters) - len(values))
         sizes = tuple(grid(dict(arguments)) if callable(grid) else grid)
         shape = (*sizes, *(1,) * (3 - len(sizes)))
-        blocks = self.ctas(name, shape) if self.ctas else None
-        start = time.perf_counter()
-        machine.launch(memory, shape, values, blocks)
-        seconds = time.perf_counter() - start
-        count = shape[0] * shape[1] * shape[2] if blocks is None else len(blocks)
-        self.runs.append(record(name, machine, memory, shape, count, seconds))
+        self.execute(name, name, machine, memory, shape, values)
 
     def _compile(self, kernel: JITFunction, arguments: dict[str, Any]) -> _Compiled:
         """As Triton's launcher specialises: integers that are 1 or divisible by 16, pointers aligned to 16 bytes."""
@@ -172,10 +155,6 @@ class Runner:
         if isinstance(value, Tensor):
             return struct.pack("<Q", memory.bind(name, buffer_of(value), is_unread))
         return struct.pack(_FORMATS[kind], value)
-
-    def summary(self) -> str:
-        """A line for each launch."""
-        return "\n".join(map(str, self.runs))
 
 
 def _type_of(value: Any) -> str:

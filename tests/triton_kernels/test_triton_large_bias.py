@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import large_bias_cases
-from finegrain_ops import reweighted_attention
 from finegrain_ops.backends.interface import LARGEST_BIAS
 from finegrain_ops.kernels import attention_decode, key_bias
 from finegrain_ops.kernels.arguments import Units
@@ -57,14 +56,4 @@ def test_backends_clamp_alike() -> None:
 
 @pytest.mark.parametrize("by", ["padding", "bias"])
 def test_the_unfilled_end_of_a_cache_may_hold_anything(by: str, device: str) -> None:
-    """Its last block is partly filled: 0 * NaN is NaN, so what lies beyond must not be read."""
-    query, key, value = torch.randn(3, 2, 2, 70, 16, device=device).unbind(0)
-    query, filled = query[:, :, :1], torch.tensor([37, 50], device=device)
-    unfilled = torch.arange(70, device=device) >= filled[:, None]
-    attend = ~unfilled
-    key, value = (t.masked_fill(unfilled[:, None, :, None], 0.0) for t in (key, value))
-    mask = {"key_padding_mask": attend} if by == "padding" else {"key_bias": torch.where(attend, 0.0, -math.inf)}
-    expected = reweighted_attention(query, key, value, **mask, backend="reference")
-    key, value = (t.masked_fill(unfilled[:, None, :, None], math.nan) for t in (key, value))
-    actual = reweighted_attention(query, key, value, **mask, backend="triton")
-    torch.testing.assert_close(actual, expected, atol=5e-6, rtol=0)
+    large_bias_cases.check_unfilled_cache(by, torch.float32, "triton", device, atol=5e-6)

@@ -6,6 +6,7 @@ the smaller summands, so a last bit is not settled here.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,50 +106,55 @@ def _mma_of_volta(i: Instruction, machine: Machine) -> Run:
     return run
 
 
-def _matrix_lanes(i: Instruction, machine: Machine, operand: Any) -> tuple[list[np.ndarray], int, bool]:
-    """The registers, their number, and whether the matrices are transposed."""
-    names = operand if isinstance(operand, list) else [operand]
+def _matrices(
+    i: Instruction, machine: Machine, names: Any, pointer: Any
+) -> tuple[list[np.ndarray], Callable[[Any], tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """The registers, and what finds the warps under a mask, the lanes that point at rows, 8 of each matrix, and the
+    addresses of these.
+    """
+    names = names if isinstance(names, list) else [names]
     count = int(next(part for part in i.parts if part in ("x1", "x2", "x4"))[1:])
     if len(names) != count:
         raise OperandError(f"{len(names)} registers instead of {count}")
-    return [machine.registers.view(name, "b32") for name in names], count, i.has("trans")
+    where = address_of(pointer, machine)
+    counts = machine.counts if machine.checks.checked else None
+
+    def rows_under(m: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        warps = machine.whole_warps(m)
+        lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
+        address = where()[lanes]
+        if counts is not None:
+            counts.note_shared(i, lanes, address, 16)
+        return warps, lanes, address
+
+    return [machine.registers.view(name, "b32") for name in names], rows_under
 
 
 def _load_matrix(i: Instruction, machine: Machine) -> Run:
     """Lane 8 k + r points at row r of matrix k. Its lane 4 r + t receives elements 2 t and 2 t + 1 of row r, or of
     column r with .trans.
     """
-    rows, count, is_transposed = _matrix_lanes(i, machine, i.operands[0])
-    where = address_of(i.operands[1], machine)
-    counts = machine.counts if machine.checks.checked else None
+    registers, rows_under = _matrices(i, machine, *i.operands)
+    count, is_transposed = len(registers), i.has("trans")
 
     def run(m: Any) -> None:
-        warps = machine.whole_warps(m)
-        lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
-        address = where()[lanes]
-        if counts is not None:
-            counts.note_shared(i, lanes, address, 16)
+        warps, lanes, address = rows_under(m)
         words = machine.shared.load(lanes, address, 16)
         matrices = words.view(np.uint16).reshape(len(warps), count, 8, 8)
         if is_transposed:
             matrices = np.ascontiguousarray(matrices.swapaxes(-1, -2))
-        _write(rows, warps, matrices.view(np.uint32).reshape(len(warps), count, 32).swapaxes(0, 1))
+        _write(registers, warps, matrices.view(np.uint32).reshape(len(warps), count, 32).swapaxes(0, 1))
 
     return run
 
 
 def _store_matrix(i: Instruction, machine: Machine) -> Run:
-    rows, count, is_transposed = _matrix_lanes(i, machine, i.operands[1])
-    where = address_of(i.operands[0], machine)
-    counts = machine.counts if machine.checks.checked else None
+    registers, rows_under = _matrices(i, machine, *reversed(i.operands))
+    count, is_transposed = len(registers), i.has("trans")
 
     def run(m: Any) -> None:
-        warps = machine.whole_warps(m)
-        lanes = (warps[:, None] * 32 + np.arange(8 * count)).ravel()
-        address = where()[lanes]
-        if counts is not None:
-            counts.note_shared(i, lanes, address, 16)
-        fragments = np.ascontiguousarray(_of_warps(rows, warps).swapaxes(0, 1))
+        warps, lanes, address = rows_under(m)
+        fragments = np.ascontiguousarray(_of_warps(registers, warps).swapaxes(0, 1))
         matrices = fragments.view(np.uint16).reshape(len(warps), count, 8, 8)
         if is_transposed:
             matrices = np.ascontiguousarray(matrices.swapaxes(-1, -2))
